@@ -1,0 +1,140 @@
+"From nbdev's notebooks to pages that MyST-NB understands."
+from __future__ import annotations
+import ast, re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+import yaml
+from execnb.nbio import nb2dict
+from nbdev.doclinks import _nbpath2html
+from nbdev.process import NBProcessor
+from nbdev.processors import (FrontmatterProc, clean_magics, filter_stream_, hide_, hide_line, populate_language,
+                              rm_header_dash, strip_ansi, strip_hidden_metadata)
+from nbdev.showdoc import showdoc_nm
+from symbols import PACKAGE, Links, Symbol, body
+
+# nbdev's own filters, without those that hide exported code (here it is what people come to read) and without
+# those that run cells (the outputs are stored already, and the reference is made from the package).
+FILTERS = [FrontmatterProc, populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics,
+           hide_, strip_hidden_metadata]
+TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('code-fold', 'true'): 'hide-input',
+        ('include', 'false'): 'remove-cell'}
+
+
+@dataclass
+class Chapter:
+    "A notebook on its way to a page."
+    path: Path # of the notebook
+    page: str # the page's name in the site, e.g. `tutorials/first`
+    title: str = ''
+    description: str = ''
+    module: str = '' # what it exports to, without the package; empty for tutorials
+    cells: list[dict] = field(default_factory=list)
+
+
+def page_name(path: Path, root: Path) -> str:
+    "nbdev's name for a notebook's page: without its number, in small letters."
+    return str(_nbpath2html(path.relative_to(root)).with_suffix(''))
+
+
+def read(path: Path, root: Path) -> Chapter:
+    "A notebook after nbdev's filters."
+    nb = NBProcessor(path, procs=FILTERS, process=True).nb
+    chapter = Chapter(path, page_name(path, root), **{k: str(nb.frontmatter_.get(k, '')) for k in ('title', 'description')})
+    for cell in nb.cells:
+        exp = cell.directives_.get('default_exp') if cell.cell_type == 'code' else None
+        if exp: chapter.module = exp[0]
+        elif cell.cell_type != 'raw' and cell.source.strip(): chapter.cells.append(cell)
+    return chapter
+
+
+def to_page(chapter: Chapter, symbols: list[Symbol], links: Links) -> dict:
+    "The notebook of the page, as MyST-NB reads it."
+    cells = [_markdown(opening(chapter, links))]
+    for cell in chapter.cells:
+        if cell.cell_type == 'markdown': cells.append(_markdown(prose(cell.source, chapter, links)))
+        elif shown := re.match(r'\s*show_doc\((\w+(?:\.\w+)*)', cell.source): cells.append(_show_doc(shown[1], symbols, links))
+        else: cells += code(cell, chapter, symbols)
+    return dict(cells=cells, metadata=dict(language_info=dict(name='python')), nbformat=4, nbformat_minor=4)
+
+
+def _markdown(text: str) -> dict: return dict(cell_type='markdown', metadata={}, source=text)
+
+
+def opening(chapter: Chapter, links: Links) -> str:
+    "Title and lead; a chapter also says what it exports to."
+    text = f'# {chapter.title}\n\n{{.lead}}\n{links.add(chapter.description, chapter.module)}'
+    if not chapter.module: return text
+    reference, up = f'reference/{chapter.module}.md', '../' * chapter.page.count('/')
+    download = f'{{download}}`the notebook <{up}notebooks/{chapter.path.name}>`'
+    return f'{text}\n\n{{.where}}\nMakes [`{PACKAGE}.{chapter.module}`]({up}{reference}) · {download}'
+
+
+def prose(text: str, chapter: Chapter, links: Links) -> str:
+    "Quarto's Markdown as MyST's, with links inside the site."
+    return notebook_links(links.add(callouts(text), chapter.module))
+
+
+def callouts(text: str) -> str:
+    "Quarto's callouts as MyST's admonitions."
+    def convert(m: re.Match) -> str:
+        titled = re.search(r'title="(.*?)"', m['options'])
+        inner = re.match(r'\s*#+ +(.*)\n', m['body'])
+        title, content = (titled[1], m['body']) if titled else (inner[1], m['body'][inner.end():]) if inner else ('', m['body'])
+        head = f":::{{admonition}} {title}\n:class: {m['kind']}\n" if title else f":::{{{m['kind']}}}\n"
+        return head + content.strip('\n') + '\n:::'
+    return re.sub(r'^:::+ *\{\.callout-(?P<kind>\w+)(?P<options>[^}]*)\}\n(?P<body>.*?)^:::+ *$', convert, text, flags=re.S | re.M)
+
+
+def notebook_links(text: str) -> str:
+    "Links to notebooks, by file or by their page's name, as links to the pages made from them."
+    def convert(m: re.Match) -> str:
+        page = _nbpath2html(Path(m['name'])).with_suffix('.ipynb')
+        return f"]({m['folder']}{page}{(m['anchor'] or '').lower()})"
+    return re.sub(r'\]\((?P<folder>(?:[\w.-]+/)*)(?P<name>[\w-]+)\.(?:ipynb|html)(?P<anchor>#[\w.-]+)?\)', convert, text)
+
+
+def _show_doc(name: str, symbols: list[Symbol], links: Links) -> dict:
+    "What `show_doc(name)` shows: the reference entry."
+    found = [s for s in symbols if s.name == name]
+    if not found: raise ValueError(f'show_doc({name}): {PACKAGE} exports no {name}')
+    return _markdown(f'**[`{name}`](#{found[0].label})**\n\n' + body(found[0], links))
+
+
+def code(cell: Any, chapter: Chapter, symbols: list[Symbol]) -> list[dict]:
+    "A code cell, under a bar that names what it defines when it is exported."
+    options, source = quarto_options(cell.source)
+    tags = [t for o, t in TAGS.items() if str(options.get(o[0])).lower() == o[1]]
+    page = dict(cell_type='code', metadata=dict(tags=tags), execution_count=None, source=source.strip('\n'), outputs=nb2dict(cell.get('outputs', [])))
+    if caption := options.get('fig-cap'): page['metadata']['mystnb'] = dict(figure=dict(caption=str(caption)))
+    if alt := options.get('fig-alt'): page['metadata'].setdefault('mystnb', {})['image'] = dict(alt=str(alt))
+    if not {'export', 'exports'} & cell.directives_.keys(): return [page]
+    tags.append('exported')
+    bar = defines(source, chapter.module, symbols)
+    return [_markdown(bar), page] if bar else [page]
+
+
+def quarto_options(source: str) -> tuple[dict, str]:
+    "The `#| key: value` lines at the top of a cell, and the rest."
+    lines = source.split('\n')
+    head = [l for l in lines if re.match(r'#\|\s*[\w-]+:', l)]
+    options = yaml.safe_load('\n'.join(l[2:].strip() for l in head)) or {}
+    return options, '\n'.join(l for l in lines if l not in head)
+
+
+def defines(source: str, module: str, symbols: list[Symbol]) -> str:
+    "A line of links to the entries of what a cell defines; the entries link back to it."
+    known = {s.name: s for s in symbols if s.module == module}
+    found = [known[n] for n in _names(source) if n in known]
+    if not found: return ''
+    targets = ''.join(f'(chapter.{s.label})=\n' for s in found)
+    return f"{targets}{{.defines}}\n{' '.join(f'[`{s.name}`](#{s.label})' for s in found)}"
+
+
+def _names(source: str) -> list[str]:
+    names: list[str] = []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): names.append(showdoc_nm(node))
+        elif isinstance(node, ast.Assign): names += [t.id for t in node.targets if isinstance(t, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name): names.append(node.target.id)
+    return names
