@@ -42,7 +42,7 @@ def binarize(
     "The kernels that count: those whose mask is above 0."
     return mask > 0
 
-# %% ../nbs/03_masks.ipynb #21dca9c7
+# %% ../nbs/03_masks.ipynb #0cf3005c
 class MaskedLayer(nn.Module):
     "A convolution and its norm whose kernels are multiplied by a mask."
     def __init__(self,
@@ -52,7 +52,7 @@ class MaskedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.conv, self.norm, self.source = conv, norm, source
-        self.record: list[Tensor] | None = None     # where to put the masks, when somebody wants them
+        self.record: list[Tensor] | None = None     # where to put the mask, when somebody wants it
         self.register_buffer('fixed', None, persistent=False)
 
     @property
@@ -76,14 +76,14 @@ def masked_layers(
     "The masked layers inside a network."
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}
 
-# %% ../nbs/03_masks.ipynb #91a72668
+# %% ../nbs/03_masks.ipynb #8c6b4661
 @contextmanager
 def recorded(
     layers: Mapping[str, MaskedLayer], # the layers to listen to
-) -> Iterator[list[Tensor]]: # filled by the forward pass: one (batch, kernels) tensor a layer
+) -> Iterator[dict[str, list[Tensor]]]: # filled by each forward pass: layer name -> its (batch, kernels) masks
     "Collect the masks that the layers make inside the block."
-    masks: list[Tensor] = []
-    for layer in layers.values(): layer.record = masks
+    masks: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for name, layer in layers.items(): layer.record = masks[name]
     try: yield masks
     finally:
         for layer in layers.values(): layer.record = None
