@@ -17,8 +17,7 @@ from symbols import PACKAGE, Links, Symbol, body
 # those that run cells (the outputs are stored already, and the reference is made from the package).
 FILTERS = [FrontmatterProc, populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics,
            hide_, strip_hidden_metadata]
-TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('code-fold', 'true'): 'hide-input',
-        ('include', 'false'): 'remove-cell'}
+TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('include', 'false'): 'remove-cell'}
 
 
 @dataclass
@@ -105,13 +104,26 @@ def code(cell: Any, chapter: Chapter, symbols: list[Symbol]) -> list[dict]:
     "A code cell, under a bar that names what it defines when it is exported."
     options, source = quarto_options(cell.source)
     tags = [t for o, t in TAGS.items() if str(options.get(o[0])).lower() == o[1]]
-    page = dict(cell_type='code', metadata=dict(tags=tags), execution_count=None, source=source.strip('\n'), outputs=nb2dict(cell.get('outputs', [])))
+    page = dict(cell_type='code', metadata=dict(tags=tags), execution_count=None, source=source.strip('\n'),
+                outputs=nb2dict(cell.get('outputs', [])))
     if caption := options.get('fig-cap'): page['metadata']['mystnb'] = dict(figure=dict(caption=str(caption)))
+    if str(options.get('code-fold')).lower() == 'true': fold(page, str(options.get('code-summary', 'Code')))
     if alt := options.get('fig-alt'): page['metadata'].setdefault('mystnb', {})['image'] = dict(alt=str(alt))
     if not {'export', 'exports'} & cell.directives_.keys(): return [page]
     tags.append('exported')
+    if only_imports(source): fold(page, 'Imports')
     bar = defines(source, chapter.module, symbols)
     return [_markdown(bar), page] if bar else [page]
+
+
+def only_imports(source: str) -> bool:
+    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
+
+
+def fold(page: dict, summary: str) -> None:
+    "Show the cell's code only on demand."
+    page['metadata']['tags'].append('hide-input')
+    page['metadata'].setdefault('mystnb', {}).update(code_prompt_show=summary, code_prompt_hide=summary)
 
 
 def quarto_options(source: str) -> tuple[dict, str]:

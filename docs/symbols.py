@@ -138,7 +138,8 @@ def _type(annotation: Any) -> str:
 
 def _value(value: Any, longest: int = 60) -> str:
     "A default as one would type it, as far as it is short."
-    text = getattr(value, '__qualname__', None) or re.sub(r' at 0x[0-9a-f]+', '', repr(value))
+    text = getattr(value, '__qualname__', None) or repr(value)
+    text = re.sub(r"<(?:class|function|enum) '?(?:\w+\.)*(\w+).*?>|<.*?>", lambda m: m[1] or '...', text)
     text = ' '.join(text.split())
     return text if len(text) <= longest else text[:longest] + ' ...'
 
