@@ -73,7 +73,7 @@ def write_reference(out: Path, everything: list[Chapter], found: list[Symbol], l
         entries = '\n\n'.join(symbols.entry(s, links, c.title) for s in own)
         write(out/f'{c.module}.md', f'# `{name}`\n\n{{.lead}}\n{c.description}\n\n{entries}\n')
         rows = [f'| [`{s.name}`](#{s.label}) | {links.add(s.summary, s.module)} |' for s in own if not s.is_method]
-        overview.append(f'## [`{name}`]({c.module}.md)\n\n| Symbol | |\n| --- | --- |\n' + '\n'.join(rows))
+        overview.append(f'## [`{name}`]({c.module}.md)\n\n| Symbol | What it is |\n| --- | --- |\n' + '\n'.join(rows))
     write(out/'index.md', '\n\n'.join(overview) + '\n')
 
 

@@ -158,7 +158,7 @@ def parameters(symbol: Symbol, links: Links) -> str:
     if inspect.isclass(fn): found.pop('return', None)
     rows = [_row(k, v, symbol, links) for k, v in found.items() if k != 'return' or v.docment]
     if not rows: return ''
-    return '| Parameter | Type | Default | Meaning |\n| --- | --- | --- | --- |\n' + '\n'.join(rows)
+    return '| Parameter | Meaning | Type | Default |\n| --- | --- | --- | --- |\n' + '\n'.join(rows)
 
 
 def _row(name: str, p: Any, symbol: Symbol, links: Links) -> str:
@@ -166,5 +166,5 @@ def _row(name: str, p: Any, symbol: Symbol, links: Links) -> str:
     anno = '' if p.anno in (None, empty) else f'`{_type(p.anno)}`'
     default = '' if p.default is empty else f'`{_value(p.default, 40)}`'
     meaning = links.add((p.docment or '').replace('\n', ' ').strip(), symbol.module)
-    cells = ['**returns**' if name == 'return' else f'`{name}`', anno, default, meaning]
+    cells = ['**returns**' if name == 'return' else f'`{name}`', meaning, anno, default]
     return '| ' + ' | '.join(re.sub(r'(?<!\\)\|', r'\\|', c) for c in cells) + ' |'
