@@ -35,8 +35,8 @@ def write_sources(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     groups = {caption: [chapters.read(p, NBS) for p in notebooks(NBS/folder)] for folder, caption in GROUPS.items()}
     everything = [c for group in groups.values() for c in group]
-    modules = [c.module for c in everything if c.module]
-    found = symbols.load(modules)
+    found = symbols.load([c.module for c in everything if c.module])
+    modules = list(dict.fromkeys(s.module for s in found)) # those that have symbols of their own
     links = Links(found)
     for c in everything: write(out/f'{c.page}.ipynb', json.dumps(chapters.to_page(c, found, links)))
     write(out/'index.ipynb', json.dumps(landing(groups, modules, found, links)))

@@ -49,7 +49,7 @@ def read(path: Path, root: Path) -> Chapter:
 
 def to_page(chapter: Chapter, symbols: list[Symbol], links: Links) -> dict:
     "The notebook of the page, as MyST-NB reads it."
-    cells = [_markdown(opening(chapter, links))]
+    cells = [_markdown(opening(chapter, links, any(s.module == chapter.module for s in symbols)))]
     for cell in chapter.cells:
         if cell.cell_type == 'markdown': cells.append(_markdown(prose(cell.source, chapter, links)))
         elif shown := re.match(r'\s*show_doc\((\w+(?:\.\w+)*)', cell.source): cells.append(_show_doc(shown[1], symbols, links))
@@ -60,13 +60,13 @@ def to_page(chapter: Chapter, symbols: list[Symbol], links: Links) -> dict:
 def _markdown(text: str) -> dict: return dict(cell_type='markdown', metadata={}, source=text)
 
 
-def opening(chapter: Chapter, links: Links) -> str:
-    "Title and lead; a chapter also says what it exports to."
-    text = f'# {chapter.title}\n\n{{.lead}}\n{links.add(chapter.description, chapter.module)}'
-    if not chapter.module: return text
-    reference, up = f'reference/{chapter.module}.md', '../' * chapter.page.count('/')
-    download = f'{{download}}`the notebook <{up}notebooks/{chapter.path.name}>`'
-    return f'{text}\n\n{{.where}}\nMakes [`{PACKAGE}.{chapter.module}`]({up}{reference}) · {download}'
+def opening(chapter: Chapter, links: Links, has_reference: bool) -> str:
+    "Title and lead; then the way to the reference and to the notebook."
+    up = '../' * chapter.page.count('/')
+    where = [f'{{download}}`the notebook <{up}notebooks/{chapter.path.name}>`']
+    if has_reference: where.insert(0, f'Makes [`{PACKAGE}.{chapter.module}`]({up}reference/{chapter.module}.md)')
+    lead = f'{{.lead}}\n{links.add(chapter.description, chapter.module)}\n\n' if chapter.description else ''
+    return f'# {chapter.title}\n\n{lead}' + ('' if chapter.page == 'index' else '{.where}\n' + ' · '.join(where))
 
 
 def prose(text: str, chapter: Chapter, links: Links) -> str:

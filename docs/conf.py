@@ -31,6 +31,7 @@ html_theme = 'furo'
 html_title = project
 html_static_path = ['static']
 html_css_files = ['mwt.css']
+html_favicon = 'static/favicon.svg'
 html_show_sourcelink = html_copy_source = False
 html_show_sphinx = False
 pygments_style, pygments_dark_style = 'xcode', 'github-dark'

@@ -1,6 +1,6 @@
 "The package's public symbols: where each is documented, and what its reference entry says."
 from __future__ import annotations
-import importlib, inspect, re
+import ast, importlib, inspect, re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -46,8 +46,15 @@ def _label(name: str, taken: set[str]) -> str:
     return label
 
 
+def _exported(module: ModuleType) -> list[str]:
+    "The names that the module's own notebook exports: nbdev's list, without what the module re-exports by hand."
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__': return ast.literal_eval(node.value)
+    return []
+
+
 def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    for name in getattr(module, '__all__', []):
+    for name in _exported(module):
         obj = getattr(module, name)
         yield name, obj
         if inspect.isclass(obj): yield from ((f'{name}.{m}', method) for m, method in _methods(obj))
