@@ -39,7 +39,7 @@ def _installed() -> bool:
     try: version('mwt'); return True
     except ModuleNotFoundError: return False
 
-# %% ../nbs/13_report.ipynb #7c0b2655
+# %% ../nbs/13_report.ipynb #754efa9f
 def measure(
     networks: dict[str, nn.Module], # name -> plain or modular network or module, all for one kind of image
     data: ImageData, # its test part is used
@@ -47,7 +47,7 @@ def measure(
     batch_size: int = 32, # images at a time, for the latency
 ) -> list[dict[str, Any]]: # a row a network: classes, parameters, FLOPs, latency (s), ratios, accuracies (shares)
     "Measure networks side by side."
-    costs = profiles([plain(full), *(plain(m) if isinstance(m, ModularModel) else m for m in networks.values())], batch_size, repeats=15)
+    costs = profiles([plain(full), *networks.values()], batch_size, repeats=15)
     rows = []
     for (name, net), cost in zip(progress(networks.items(), 'measuring'), costs[1:]):
         classes = list(getattr(net, 'classes', data.classes))
