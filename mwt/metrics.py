@@ -71,7 +71,7 @@ def known_classes(
     classes = getattr(model, 'classes', None)
     return list(classes) if classes and set(classes) <= set(batches.classes) else list(batches.classes)
 
-# %% ../nbs/08_metrics.ipynb #3692090a
+# %% ../nbs/08_metrics.ipynb #4b54469c
 @torch.no_grad()
 def confusion(
     model: nn.Module, # any network; left in the mode it was in
@@ -80,7 +80,8 @@ def confusion(
 ) -> Tensor: # (classes, classes) counts on the CPU: rows are true, columns answered
     "Which class was taken for which. Raises `ValueError` for a class that the network does not know."
     known = known_classes(model, batches)
-    batches = batches.plain().subset(classes or known)
+    batches, chosen = batches.plain(), list(known if classes is None else classes)
+    if chosen != list(batches.classes): batches = batches.subset(chosen)
     if unknown := set(batches.classes) - set(known):
         raise ValueError(f"the network knows {known}, not {sorted(unknown)}; ask for classes that it was made for")
     columns = torch.tensor([known.index(c) for c in batches.classes], device=batches.device)
