@@ -70,11 +70,16 @@ def write_reference(out: Path, everything: list[Chapter], found: list[Symbol], l
         own = [s for s in found if s.module == c.module]
         if not own: continue
         name = f'{PACKAGE}.{c.module}'
-        entries = '\n\n'.join(symbols.entry(s, links, c.title) for s in own)
+        entries = '\n\n'.join(symbols.entry(s, links, back(c, s)) for s in own)
         write(out/f'{c.module}.md', f'# `{name}`\n\n{{.lead}}\n{c.description}\n\n{entries}\n')
         rows = [f'| [`{s.name}`](#{s.label}) | {links.add(s.summary, s.module)} |' for s in own if not s.is_method]
         overview.append(f'## [`{name}`]({c.module}.md)\n\n| Symbol | What it is |\n| --- | --- |\n' + '\n'.join(rows))
     write(out/'index.md', '\n\n'.join(overview) + '\n')
+
+
+def back(c: Chapter, s: Symbol) -> str:
+    "A link from a symbol's entry to the cell that makes it."
+    return f'[{c.title}](#chapter.{s.label})' if s.label in c.defined else f'[{c.title}](../{c.page}.ipynb)'
 
 
 def copy_files(out: Path) -> None:

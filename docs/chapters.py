@@ -29,6 +29,7 @@ class Chapter:
     description: str = ''
     module: str = '' # what it exports to, without the package; empty for tutorials
     cells: list[dict] = field(default_factory=list)
+    defined: set[str] = field(default_factory=set) # labels of the symbols whose code the page shows; `to_page` fills it
 
 
 def page_name(path: Path, root: Path) -> str:
@@ -112,7 +113,7 @@ def code(cell: Any, chapter: Chapter, symbols: list[Symbol]) -> list[dict]:
     if not {'export', 'exports'} & cell.directives_.keys(): return [page]
     tags.append('exported')
     if only_imports(source): fold(page, 'Imports')
-    bar = defines(source, chapter.module, symbols)
+    bar = defines(source, chapter, symbols)
     return [_markdown(bar), page] if bar else [page]
 
 
@@ -134,11 +135,12 @@ def quarto_options(source: str) -> tuple[dict, str]:
     return options, '\n'.join(l for l in lines if l not in head)
 
 
-def defines(source: str, module: str, symbols: list[Symbol]) -> str:
+def defines(source: str, chapter: Chapter, symbols: list[Symbol]) -> str:
     "A line of links to the entries of what a cell defines; the entries link back to it."
-    known = {s.name: s for s in symbols if s.module == module}
-    found = [known[n] for n in _names(source) if n in known]
+    known = {s.name: s for s in symbols if s.module == chapter.module and s.label not in chapter.defined}
+    found = [known[n] for n in dict.fromkeys(_names(source)) if n in known]
     if not found: return ''
+    chapter.defined.update(s.label for s in found)
     targets = ''.join(f'(chapter.{s.label})=\n' for s in found)
     return f"{targets}{{.defines}}\n{' '.join(f'[`{s.name}`](#{s.label})' for s in found)}"
 
@@ -147,6 +149,6 @@ def _names(source: str) -> list[str]:
     names: list[str] = []
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): names.append(showdoc_nm(node))
-        elif isinstance(node, ast.Assign): names += [t.id for t in node.targets if isinstance(t, ast.Name)]
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name): names.append(node.target.id)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)): # also `WIDTH, EPOCHS = ...`
+            names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     return names

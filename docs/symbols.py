@@ -93,10 +93,10 @@ class Links:
 
 
 def entry(symbol: Symbol, links: Links, chapter: str) -> str:
-    "The reference entry of one symbol, in MyST Markdown."
+    "The reference entry of one symbol, in MyST Markdown; `chapter` is a link to where the symbol is made."
     level = '###' if symbol.is_method else '##'
     parts = [f'({symbol.label})=\n{level} `{symbol.name}`', body(symbol, links)]
-    if not symbol.is_method: parts.append(f'{{.where}}\nChapter: [{chapter}](#chapter.{symbol.label})')
+    if not symbol.is_method: parts.append(f'{{.where}}\nChapter: {chapter}')
     return '\n\n'.join(parts)
 
 

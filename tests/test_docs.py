@@ -163,8 +163,15 @@ def complaints(browser, address: str) -> list[str]:
 # Waits for MathJax where a page has formulas, then reports what is not as it should be.
 LOOK = '''
 const [width, done] = arguments;
-const ready = document.querySelector('.math') ? new Promise(r => { const t = setInterval(() => {
-  if (window.MathJax?.startup?.promise) { clearInterval(t); MathJax.startup.promise.then(r); } }, 10); }) : Promise.resolve();
+const started = () => new Promise(resolve => {
+  const since = Date.now();
+  const timer = setInterval(() => {
+    if (!window.MathJax?.startup?.promise && Date.now() - since < 10000) return;
+    clearInterval(timer);
+    resolve(window.MathJax?.startup?.promise);
+  }, 10);
+});
+const ready = document.querySelector('.math') ? started() : Promise.resolve();
 ready.then(() => {
   const page = document.documentElement, content = document.querySelector('.content'), wrong = [];
   if (page.scrollWidth > width) wrong.push(`page is ${page.scrollWidth} wide in a window of ${width}`);
