@@ -8,6 +8,7 @@ from typing import Any
 from fastcore.docments import docments
 
 PACKAGE = 'mwt'
+STARS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,9 @@ def _arguments(sig: inspect.Signature, symbol: Symbol) -> list[str]:
         if i == 0 and p.name in ('self', 'cls') and symbol.is_method: continue
         if p.kind is p.KEYWORD_ONLY and not star: args.append('*')
         star = star or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
-        stars = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
         anno = '' if p.annotation is p.empty else f': {_type(p.annotation)}'
         default = '' if p.default is p.empty else f' = {_value(p.default)}' if anno else f'={_value(p.default)}'
-        args.append(f'{stars}{p.name}{anno}{default}')
+        args.append(f"{STARS.get(p.kind, '')}{p.name}{anno}{default}")
     return args
 
 
@@ -161,7 +161,7 @@ def parameters(symbol: Symbol, links: Links) -> str:
     "The table of parameters, from the comments that stand beside them in the code."
     fn = symbol.obj.fget if isinstance(symbol.obj, property) else symbol.obj
     if not callable(fn): return ''
-    found = {k: v for k, v in docments(fn, full=True).items() if not (symbol.is_method and k in ('self', 'cls')) and k != 'self'}
+    found = {k: v for k, v in docments(fn, full=True, args_kwargs=True).items() if k not in ('self', 'cls')}
     if inspect.isclass(fn): found.pop('return', None)
     rows = [_row(k, v, symbol, links) for k, v in found.items() if k != 'return' or v.docment]
     if not rows: return ''
@@ -173,5 +173,6 @@ def _row(name: str, p: Any, symbol: Symbol, links: Links) -> str:
     anno = '' if p.anno in (None, empty) else f'`{_type(p.anno)}`'
     default = '' if p.default is empty else f'`{_value(p.default, 40)}`'
     meaning = links.add((p.docment or '').replace('\n', ' ').strip(), symbol.module)
-    cells = ['**returns**' if name == 'return' else f'`{name}`', meaning, anno, default]
+    stars = STARS.get(p.get('kind'), '')
+    cells = ['**returns**' if name == 'return' else f'`{stars}{name}`', meaning, anno, default]
     return '| ' + ' | '.join(re.sub(r'(?<!\\)\|', r'\\|', c) for c in cells) + ' |'
