@@ -25,7 +25,7 @@ __all__ = ['check_labels', 'class_indices', 'split_by_class', 'crop', 'mirror', 
            'ImageData', 'from_tensors', 'ImageFile', 'list_images', 'read_image', 'decode_images', 'cached_images',
            'image_data']
 
-# %% ../nbs/01_data.ipynb #20ebfeeb
+# %% ../nbs/01_data.ipynb #87b666eb
 def check_labels(
     labels: Tensor | Sequence[int], # (samples,) whole numbers
     n_classes: int, # labels must lie in [0, n_classes)
@@ -33,7 +33,7 @@ def check_labels(
 ) -> Tensor: # the labels as int64
     "Raises `TypeError` for labels that are no whole numbers, `ValueError` for one that names no class."
     labels = torch.as_tensor(labels)
-    if labels.ndim != 1 or labels.dtype in (torch.bool,) or labels.is_floating_point() or labels.is_complex():
+    if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{name} must be whole numbers, one for each sample, not {labels.dtype} of shape {tuple(labels.shape)}")
     labels = labels.long()
     wrong = labels[(labels < 0) | (labels >= n_classes)]
@@ -503,7 +503,7 @@ def _digits() -> tuple[Tensor, Tensor, list[str]]:
     images = torch.from_numpy(found.images * (255 / 16)).round().byte()[:, None]
     return images, torch.from_numpy(found.target).long(), [str(i) for i in range(10)]
 
-# %% ../nbs/01_data.ipynb #9f129d95
+# %% ../nbs/01_data.ipynb #701c4c61
 _TORCHVISION = dict(cifar10='CIFAR10', cifar100='CIFAR100', svhn='SVHN')
 
 def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
@@ -512,7 +512,7 @@ def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, Tensor], tuple[Te
     make = getattr(datasets, _TORCHVISION[name])
     try: found = [make(str(root), download=True, **({'split': part} if name == 'svhn' else {'train': part == 'train'})) for part in ('train', 'test')]
     except Exception as e:      # no network, a full disk, a damaged archive: the way out is the same
-        raise RuntimeError(f"could not get {name!r} into {root} ({type(e).__name__}: {e}); check the network and the disk, or put "
+        raise FileNotFoundError(f"could not get {name!r} into {root} ({type(e).__name__}: {e}); check the network and the disk, or put "
                            f"the original files into {root} by hand, or name a folder of images instead") from e
     return *[_arrays(f) for f in found], list(getattr(found[0], 'classes', None) or map(str, range(10)))
 
@@ -560,25 +560,26 @@ def _list_classes(folder: Path, tree: str) -> tuple[list[str], list[ImageFile]]:
         files += [ImageFile(os.path.join(tree, kind.name, name), label, s.st_size, s.st_mtime_ns) for name, s in facts]
     return [kind.name for kind in folders], files
 
-# %% ../nbs/01_data.ipynb #d3c734bb
+# %% ../nbs/01_data.ipynb #4a3d2230
 def list_images(
     folder: str | Path, # `train/<class>/*`, `test/<class>/*` and perhaps `valid/<class>/*`; or `<class>/*`
 ) -> tuple[list[str], dict[str, list[ImageFile]]]: # class names; the files of 'train', 'test', 'valid', or of 'all'
     "What a folder of images holds. Opens none of them."
     folder = Path(folder)
-    parts = [part for part in ('train', 'test', 'valid') if (folder / part).is_dir() and _entries(folder / part)[0]]
-    if not {'train', 'test'} & set(parts):
+    parts = [part for part in ('train', 'test', 'valid') if (folder / part).is_dir()]
+    halves = {'train', 'test'} & set(parts)
+    if not any(_entries(folder / half)[0] for half in halves) and len(halves) < 2:   # a class may be called 'train'
         classes, files = _list_classes(folder, '')
         return classes, {'all': files}
-    if missing := {'train', 'test'} - set(parts):
-        raise ValueError(f"{folder} has {parts[0]}/ but no {missing.pop()}/ with class folders; add it, or put all class folders "
+    if missing := {'train', 'test'} - halves:
+        raise ValueError(f"{folder} has {parts[0]}/ but no {missing.pop()}/; add it, or put all class folders "
                          "into one tree, which is split by seed")
     found = {part: _list_classes(folder, part) for part in parts}
     classes = found['train'][0]
     for part, (names, _) in found.items():
         if odd := sorted(set(classes) ^ set(names)):
-            raise ValueError(f"{folder}: class {odd[0]!r} is in {'train' if odd[0] in classes else part}/ but not in "
-                             f"{part if odd[0] in classes else 'train'}/{nearest(odd[0], names if odd[0] in classes else classes)}; both need the same class folders")
+            (there, _), (lacks, known) = (('train', classes), (part, names))[::1 if odd[0] in classes else -1]
+            raise ValueError(f"{folder}: class {odd[0]!r} is in {there}/ but not in {lacks}/{nearest(odd[0], known)}; both need the same class folders")
     return classes, {part: files for part, (_, files) in found.items()}
 
 # %% ../nbs/01_data.ipynb #dcb524c1
@@ -703,19 +704,20 @@ def _folder_parts(
     images = cached_images(folder, files, root, size, show)
     return {part: (images[rows[part]], labels[rows[part]]) for part in ('train', 'valid', 'test')}, classes
 
-# %% ../nbs/01_data.ipynb #8964d06a
+# %% ../nbs/01_data.ipynb #77cfa6bc
 _NAMES = ['digits', *_TORCHVISION]
 
 def _find(source: str | Path) -> str | Path:
     "A known name, or a folder that exists."
-    if isinstance(source, str) and source in _NAMES: return source
     if not isinstance(source, (str, Path)): raise TypeError(f"data must be a name ({', '.join(_NAMES)}) or a folder, not {source!r}")
     folder = Path(source).expanduser()
-    if folder.is_dir(): return folder
-    if folder.exists(): raise ValueError(f"{folder} is a file, not a folder of images; unpack it and name the folder")
-    if isinstance(source, Path) or len(folder.parts) > 1: raise FileNotFoundError(f"no folder {folder}; name one that holds a folder of images for each class, or one of {', '.join(_NAMES)}")
+    if source and source not in _NAMES:
+        if folder.is_dir(): return folder
+        if folder.exists(): raise ValueError(f"{folder} is a file, not a folder of images; unpack it and name the folder")
+        if isinstance(source, Path) or len(folder.parts) > 1:
+            raise FileNotFoundError(f"no folder {folder}; name one that holds a folder of images for each class, or one of {', '.join(_NAMES)}")
     check_choice('data set', source, _NAMES, remedy=f'a folder of images works too, but there is none at {folder.absolute()}')
-    raise AssertionError
+    return source
 
 # %% ../nbs/01_data.ipynb #1d7848bc
 def image_data(
