@@ -3,7 +3,7 @@ import pytest
 import torch
 from networks import NETWORKS, calibrate, lively, random_parts
 from torch import nn
-from mwt.channels import slice_channels
+from mwt.channels import slice_channels_
 from mwt.convert import modularize, plain
 from mwt.decompose import union_masks
 from mwt.extract import SlimModule, extract, load_module, save_module
@@ -129,7 +129,7 @@ def test_empty_layer_is_refused(small):
     model, _, x = small
     convs = [c for c in model.convs if not c.reason]
     keep = {c.name: torch.zeros(c.kernels, dtype=torch.bool) for c in convs[:1]}
-    with pytest.raises(ValueError, match='no kernel is kept'): slice_channels(plain(model), keep, {convs[0].name: convs[0].norm}, x)
+    with pytest.raises(ValueError, match='no kernel is kept'): slice_channels_(plain(model), keep, {convs[0].name: convs[0].norm}, x)
 
 
 def test_description_is_plain_data(small):
