@@ -77,17 +77,18 @@ def head_size(
     "How many classes a head answers for."
     return head.out_features if isinstance(head, nn.Linear) else head.out_channels
 
-# %% ../nbs/06_channels.ipynb #669ef9ba
+# %% ../nbs/06_channels.ipynb #13302d1a
 SIZES = (32, 64, 128, 224, 299)     # pixels, from CIFAR to Inception
 
 def input_channels(
     model: nn.Module, # any network with a convolution
 ) -> int: # channels of the images it takes
     "The channels that the first convolution reads. Raises `ValueError` for a network without convolutions."
-    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if conv is None:
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d layer; only convolutional networks can be made modular")
-    return conv.in_channels
+    if known := getattr(model, 'input_shape', None): return known[0]        # modular models and modules say so
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if not convs: raise ValueError(f"{type(model).__name__} has no nn.Conv2d layer; only convolutional networks can be made modular")
+    try: return find_convs(model)[0].in_channels           # in running order, which need not be that of registration
+    except (ValueError, IndexError): return convs[0].in_channels
 
 def device_of(
     model: nn.Module, # any network

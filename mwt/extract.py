@@ -231,7 +231,7 @@ def as_module(
     module.load_state_dict({k: state[k].contiguous().clone() for k in module.state_dict()}, assign=True)
     return module.to(device_of(model)).eval()
 
-# %% ../nbs/11_extract.ipynb #b3d78350
+# %% ../nbs/11_extract.ipynb #8a904dac
 @torch.no_grad()
 def _keep_outputs(net: nn.Module, head: str, rows: list[int]) -> None:
     "Keep some rows of the head, in place."
@@ -243,7 +243,8 @@ def _keep_outputs(net: nn.Module, head: str, rows: list[int]) -> None:
 def _check_parts(model: ModularModel, parts: Parts) -> None:
     if not isinstance(model, ModularModel): raise TypeError(f"{type(model).__name__} is not a modular model; extract from the one that was decomposed")
     sizes = {name: layer.kernels for name, layer in model.layers.items()}
-    if sizes != parts.sizes or len(parts.classes) != model.n_classes:
+    unnamed = model.classes == [str(i) for i in range(model.n_classes)]     # not trained by fit
+    if sizes != parts.sizes or len(parts.classes) != model.n_classes or not (unnamed or parts.classes == model.classes):
         raise ValueError('these parts are of another model: layers, kernels or classes differ; decompose this model first')
 
 # %% ../nbs/11_extract.ipynb #bd84a424
@@ -274,7 +275,7 @@ def _check_exact(module: SlimModule, model: ModularModel, masks: Mapping[str, Te
         raise ValueError(f"the cut is not exact for this network: module and masked model differ by {error:.2g}. Something behind "
                          "a masked layer turns zeros into other values; leave the layers before it unmasked")
 
-# %% ../nbs/11_extract.ipynb #76c494ff
+# %% ../nbs/11_extract.ipynb #467b0a20
 def save_module(
     module: SlimModule, # from `extract` or `compose`
     path: str | Path, # ends in `.safetensors`
@@ -282,6 +283,15 @@ def save_module(
     "Write a module to a file, whole or not at all."
     if not isinstance(module, SlimModule): raise TypeError(f"{type(module).__name__} is not an extracted module; use extract, or as_module for a plain network")
     return save_tensors(path, 'module', module.state_dict(), module.description)
+
+# %% ../nbs/11_extract.ipynb #5e4b8cfc
+@torch.no_grad()
+def _check_runs(module: SlimModule) -> None:
+    "Raises unless the steps turn images into one number a class; run on the `meta` device, without memory or arithmetic."
+    if not all(isinstance(c, str) for c in module.classes) or len(set(module.classes)) < len(module.classes):
+        raise ValueError(f"classes must be different names, not {module.classes}")
+    shape = module.eval()(torch.empty(2, *module.input_shape, device='meta')).shape
+    if tuple(shape) != (2, len(module.classes)): raise ValueError(f"it answers {tuple(shape)} for 2 images, but has {len(module.classes)} classes")
 
 def load_module(
     path: str | Path, # a file of `save_module`
@@ -291,7 +301,8 @@ def load_module(
     tensors, description = load_tensors(path, 'module')
     try:
         with torch.device('meta'): module = SlimModule(description)     # no memory before shapes are checked
+        _check_runs(module)
         module.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} does not describe a module that this version of mwt can make: {e}") from e
     return module.to(device).eval()

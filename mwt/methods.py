@@ -39,7 +39,7 @@ class MwT:
         parts = dict(cohesion_loss=cohesion.detach(), coupling_loss=coupling.detach())
         return self.alpha * cohesion + self.beta * coupling, parts
 
-# %% ../nbs/05_methods.ipynb #182b9ceb
+# %% ../nbs/05_methods.ipynb #b2ecb1bb
 METHODS: dict[str, type] = dict(mwt=MwT)
 
 def make_method(
@@ -47,7 +47,7 @@ def make_method(
     **settings: Any, # settings of the method that differ from its defaults
 ) -> MwT: # a method
     "A method from its name. Raises `ValueError` for an unknown name, setting or a value out of range."
-    if not isinstance(method, str):
+    if isinstance(method, tuple(METHODS.values())):
         if settings: raise ValueError(f"settings {sorted(settings)} given beside a ready-made method; put them into it")
         return method
     check_choice('method', method, list(METHODS))

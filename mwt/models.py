@@ -168,7 +168,7 @@ def resnet18(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) ->
 
 MODELS: dict[str, Callable[..., nn.Module]] = dict(simcnn=simcnn, rescnn=rescnn, vgg16_bn=vgg16_bn, resnet18=resnet18)
 
-# %% ../nbs/02_models.ipynb #9992c888
+# %% ../nbs/02_models.ipynb #043055a2
 def create_model(
     name: str, # a name of `MODELS`, or `torchvision/NAME`
     num_classes: int = 10, # outputs, at least 2
@@ -181,7 +181,7 @@ def create_model(
         with seeded(seed): return create_model(name, num_classes, width, in_channels)
     check_range('num_classes', num_classes, 2, integer=True)
     check_range('in_channels', in_channels, 1, integer=True)
-    if name.startswith('torchvision/'): return _from_torchvision(name, num_classes, width, in_channels)
+    if isinstance(name, str) and name.startswith('torchvision/'): return _from_torchvision(name, num_classes, width, in_channels)
     check_choice('model', name, list(MODELS), "or 'torchvision/NAME' for a network of torchvision")
     return MODELS[name](num_classes, width, in_channels)
 
