@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/16_main.ipynb #0bce41cc
-#| eval: false
+# %% ../nbs/16_main.ipynb #26a4f087
 import sys
 from .cli import main
 
-if __name__ == '__main__': sys.exit(main())
+# only `python -m mwt` has a spec here; the notebook that this comes from is '__main__' too
+if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())
