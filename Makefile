@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+# two threads on two busy cores otherwise wait for each other at full speed, many times slower
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help demo test docs prepare clean
 

@@ -23,7 +23,7 @@ from .report import environment, measure, metrics_table, modularity, write_repor
 # %% auto #0
 __all__ = ['WIDTH', 'BATCH', 'EPOCHS', 'TUNE_EPOCHS', 'PAIRS_AND_FIVES', 'train_pair', 'cut_modules', 'demo']
 
-# %% ../nbs/14_demo.ipynb #28285481
+# %% ../nbs/14_demo.ipynb #019372bc
 WIDTH, BATCH, EPOCHS, TUNE_EPOCHS = 0.25, 64, 50, 5         # a quarter of SimCNN: small enough for two CPU cores
 
 def train_pair(
@@ -35,8 +35,7 @@ def train_pair(
 ) -> tuple[torch.nn.Module, ModularModel, History]: # plain, modular, the modular one's history
     "Train a plain SimCNN and a modular one from the same start."
     start = create_model('simcnn', data.n_classes, WIDTH, data.channels, seed=seed)
-    torch.manual_seed(seed)                     # the mask generators' weights
-    modular, plain = modularize(start, data.n_classes), start
+    modular, plain = modularize(start, data.n_classes, seed=seed), start
     fit(plain, data, epochs, seed=seed, device=device)
     history = fit(modular, data, epochs, seed=seed, device=device, checkpoint=folder/'model.safetensors')
     return plain, modular, history

@@ -97,13 +97,13 @@ class History:
         "One column, e.g. `'valid_accuracy'`."
         return [row[name] for row in self.rows]
 
-# %% ../nbs/09_training.ipynb #09339271
+# %% ../nbs/09_training.ipynb #9363e599
 def plot_history(
     history: History, # from `fit`
     axes: tuple[Axes, Axes] | None = None, # where to draw; `None` makes a figure
 ) -> tuple[Axes, Axes]: # losses on the left, accuracies on the right
     "Did it learn, and did the masks?"
-    if axes is None: axes = tuple(plt.subplots(1, 2, figsize=(8, 2.8), layout='constrained')[1])
+    if axes is None: axes = tuple(plt.subplots(1, 2, figsize=(9, 2.6), layout='constrained')[1])
     marks, epochs = 'osv^D', history.series('epoch')
     for ax, accuracy in zip(axes, (False, True)):
         names = [k for k in history.rows[0] if k not in ('epoch', 'lr', 'seconds') and ('accuracy' in k) == accuracy]
@@ -111,7 +111,7 @@ def plot_history(
             values = [100 * v if accuracy else v for v in history.series(name)]
             ax.plot(epochs, values, marker=mark, markersize=3, label=name.replace('_', ' '))
         ax.set(xlabel='epoch', ylabel='accuracy (%)' if accuracy else 'loss')
-        ax.legend(fontsize='small', frameon=False)
+        ax.legend(fontsize='x-small', frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     axes[1].axvline(history.best_epoch, color='grey', linestyle=':', linewidth=1)
     return axes
 
@@ -193,14 +193,14 @@ def train_epoch(
         bar.update()
     return {k: v / len(batches) for k, v in total.items()}
 
-# %% ../nbs/09_training.ipynb #8212f5a8
+# %% ../nbs/09_training.ipynb #1ed58ef8
 def fit(
     model: nn.Module, # a plain network, a modular one or a module; trained in place
     data: ImageData, # its train part is learned, its valid part chooses the epoch
     epochs: int = 10, # passes over the training images, at least 1
     config: TrainConfig | None = None, # the recipe; single options can be given by name instead
     seed: int = 0, # of shuffling, augmentation and dropout
-    device: str | torch.device | None = None, # `None` picks CUDA where there is one
+    device: str | torch.device | None = None, # `None`: where the data is
     checkpoint: str | Path | None = None, # keep the best weights in this file
     show: bool = True, # a progress bar
     **options: Any, # fields of `TrainConfig`, e.g. `lr=0.1`
@@ -208,7 +208,7 @@ def fit(
     "Train a network. Raises `ValueError` before any work where something does not fit."
     config = make_config(config, **options)
     check_range('epochs', epochs, 1, integer=True)
-    device = resolve_device(device)
+    device = data.device if device is None else resolve_device(device)
     data, model = data.to(device), model.to(device, memory_format=torch.channels_last)
     check_fit(model, data)
     if isinstance(model, ModularModel): model.classes = list(data.classes)
