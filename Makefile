@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
-# two threads on two busy cores otherwise wait for each other at full speed, many times slower
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help demo test docs prepare clean
 
@@ -24,6 +22,8 @@ $(STAMP): settings.ini setup.py
 demo: $(STAMP)
 	$(BIN)/mwt demo --out runs/demo --overwrite
 
+# threads that wait for each other must not keep a busy core: the tests start many processes
+test: export OMP_WAIT_POLICY ?= passive
 test: $(STAMP)
 	$(BIN)/python -m pytest
 

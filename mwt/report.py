@@ -93,7 +93,7 @@ def plot_layers(
         ax.set_xlabel('')
     return figure
 
-# %% ../nbs/13_report.ipynb #ebf3682c
+# %% ../nbs/13_report.ipynb #9aa9dfbb
 def _picture(figure: Figure, says: str) -> str:
     "A figure as an image inside the page."
     buffer = io.BytesIO()
@@ -101,7 +101,7 @@ def _picture(figure: Figure, says: str) -> str:
     plt.close(figure)
     return f'<img alt="{html.escape(says)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
-STYLE = """:root { color-scheme: light dark } body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+STYLE = """:root { color-scheme: light dark } body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .2rem .7rem; border-bottom: 1px solid #8886; white-space: nowrap }
 .wide { overflow-x: auto } img { max-width: 100%; background: white } code { font-size: .9em } footer { color: #888; margin-top: 2rem; font-size: .9em }"""
 
@@ -111,7 +111,7 @@ def _page(title: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
             f'<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}'
             f'<footer>{html.escape(footer)}</footer></body></html>')
 
-# %% ../nbs/13_report.ipynb #1f499f44
+# %% ../nbs/13_report.ipynb #2cc223f0
 def write_report(
     path: str | Path, # the HTML file
     title: str, # its heading
@@ -122,7 +122,7 @@ def write_report(
 ) -> Path: # the path
     "Write one page with a run's table, curves, mask maps and coupling matrix; it needs no other file."
     sections = [] if metrics is None else [('Figures', metrics_table(metrics).html())]
-    sections.append(('Training', _picture(plot_history(history)[0].figure, 'losses and accuracies over the epochs') + history.table().html()))
+    sections.append(('Training', _picture(plot_history(history)[0].figure, 'losses and accuracies over the epochs') + f'<details><summary>Every epoch</summary>{history.table().html()}</details>'))
     if parts is not None:
         sections += [('Modules', parts.report().html()),
                      ('Which class keeps which kernels', _picture(plot_layers(parts), 'one map a layer: classes by kernels')),
