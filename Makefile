@@ -22,8 +22,6 @@ $(STAMP): settings.ini setup.py
 demo: $(STAMP)
 	$(BIN)/mwt demo --out runs/demo --overwrite
 
-# threads that wait for each other must not keep a busy core: the tests start many processes
-test: export OMP_WAIT_POLICY ?= passive
 test: $(STAMP)
 	$(BIN)/python -m pytest
 

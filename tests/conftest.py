@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Set before anything imports torch; the processes that tests start inherit it. Networks this small only get slower
 # when many threads share them.
 os.environ.setdefault('OMP_NUM_THREADS', '2')
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # threads that wait for each other must not keep a busy core
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')       # threads that wait for each other must not keep a busy core for long
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 os.environ['MPLBACKEND'] = 'agg'
 
