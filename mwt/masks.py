@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .core import check_range
 
 # %% auto #0
-__all__ = ['MaskGenerator', 'binarize', 'MaskedLayer', 'masked_layers', 'recorded', 'fixed_masks']
+__all__ = ['MaskGenerator', 'binarize', 'MaskedLayer', 'masked_layers', 'recorded', 'Board', 'TiedMask', 'union']
 
 # %% ../nbs/03_masks.ipynb #272e579a
 class MaskGenerator(nn.Module):
@@ -42,32 +42,31 @@ def binarize(
     "The kernels that count: those whose mask is above 0."
     return mask > 0
 
-# %% ../nbs/03_masks.ipynb #0cf3005c
+# %% ../nbs/03_masks.ipynb #dc170984
 class MaskedLayer(nn.Module):
-    "A convolution and its norm whose kernels are multiplied by a mask."
+    "A layer (and the norm behind it) whose outputs are multiplied by a mask."
     def __init__(self,
-        conv: nn.Module, # the convolution, as it was
-        norm: nn.Module | None, # the norm that reads the convolution's output, and nothing else does
+        layer: nn.Module, # a convolution, linear layer or norm, as it was
+        norm: nn.Module | None, # the norm that reads the layer's output, and nothing else does
         source: nn.Module, # from the layer's input to a mask (batch, kernels)
     ) -> None:
         super().__init__()
-        self.conv, self.norm, self.source = conv, norm, source
+        self.layer, self.norm, self.source = layer, norm, source
         self.record: list[Tensor] | None = None     # where to put the mask, when somebody wants it
         self.register_buffer('fixed', None, persistent=False)
 
-    @property
-    def kernels(self) -> int: return self.conv.out_channels
-
     def mask(self, x: Tensor) -> Tensor:
-        "The mask for an input: (batch, kernels), or (1, kernels) when it is fixed."
+        "The mask for an input: (batch, kernels), or (1, kernels) when it is the same for all."
         mask = self.source(x) if self.fixed is None else self.fixed[None]
         if self.record is not None: self.record.append(mask)
         return mask
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        y = self.layer(x)
         if self.norm is not None: y = self.norm(y)
-        return y * self.mask(x)[:, :, None, None].to(y.dtype)
+        mask = self.mask(x).to(y.dtype)
+        if isinstance(self.layer, nn.Linear): return y * mask.view(len(mask), *[1] * (y.ndim - 2), -1)     # channels stand last
+        return y * mask[:, :, None, None]
 
 # %% ../nbs/03_masks.ipynb #7bace849
 def masked_layers(
@@ -88,18 +87,31 @@ def recorded(
     finally:
         for layer in layers.values(): layer.record = None
 
-# %% ../nbs/03_masks.ipynb #6b3b3312
-@contextmanager
-def fixed_masks(
-    layers: Mapping[str, MaskedLayer], # the layers to fix
-    masks: Mapping[str, Tensor], # layer name -> (kernels,), boolean or in [0, 1]
-) -> Iterator[None]:
-    "Inside the block every sample gets the same given masks. Raises `ValueError` for a mask that does not fit."
-    for name, layer in layers.items():
-        if name not in masks: raise ValueError(f"{name}: no mask given for this layer; give one of {layer.kernels} values")
-        if masks[name].shape != (layer.kernels,):
-            raise ValueError(f"{name}: mask of shape {tuple(masks[name].shape)}, but the layer has {layer.kernels} kernels")
-    for name, layer in layers.items(): layer.fixed = masks[name].to(layer.conv.weight)
-    try: yield
-    finally:
-        for layer in layers.values(): layer.fixed = None
+# %% ../nbs/03_masks.ipynb #b8cb7e97
+class Board(nn.Module):
+    "Where the mask of the running forward pass hangs, for all layers to read."
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: Tensor | None = None     # (batch or 1, units + 1); the last one is always 1, for kernels that stay
+
+class TiedMask(nn.Module):
+    "Reads a layer's mask off the board."
+    def __init__(self,
+        board: Board, # shared by all layers of a model
+        units: Tensor, # (kernels,), where each kernel's mask stands
+    ) -> None:
+        super().__init__()
+        self.__dict__['board'] = board              # not a part of this layer
+        self.register_buffer('units', units, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.board.mask[:, self.units]
+
+# %% ../nbs/03_masks.ipynb #7e797cdc
+def union(
+    gates: Tensor, # (classes, units), 0 or 1
+    targets: Tensor | None = None, # (batch, classes) boolean; `None` means all classes, for every sample
+) -> Tensor: # (batch or 1, units), 0 or 1
+    "The kernels that the classes of each target set use together."
+    if targets is None: return gates.amax(0, keepdim=True)
+    return (targets.to(gates.dtype) @ gates).clamp_max(1)

@@ -120,7 +120,7 @@ def evaluate(
     counts = confusion(model, batches, classes)
     return (counts.diagonal().sum() / counts.sum()).item()
 
-# %% ../nbs/08_metrics.ipynb #7f5ef27b
+# %% ../nbs/08_metrics.ipynb #a97ad9ea
 @dataclass(frozen=True)
 class Profile:
     "What a network costs."
@@ -128,9 +128,6 @@ class Profile:
     flops: int          # floating point operations an image; a multiplication and an addition are two
     latency: float      # seconds a batch, median
     batch_size: int     # images in that batch
-
-    def __add__(self, other: Profile) -> Profile:
-        return Profile(self.params + other.params, self.flops + other.flops, self.latency + other.latency, self.batch_size)
 
 def count_params(
     model: nn.Module, # any network
