@@ -22,19 +22,19 @@ __all__ = ['SIZES', 'NORMS', 'WRITERS', 'ELEMENTWISE', 'ADDITIONS', 'PRODUCTS', 
            'Ties', 'Layer', 'Walk', 'LayerInfo', 'ChannelMap', 'map_channels', 'head_size', 'kept_channels',
            'slice_channels_']
 
-# %% ../nbs/06_channels.ipynb #fccd6f41
+# %% ../nbs/06_channels.ipynb #3ed83b5b
 class Tracer(fx.Tracer):
-    "Records operations, and in which operation each layer's call ended."
+    "Records operations, and which layers' calls ended in each of them."
     def __init__(self) -> None:
         super().__init__()
-        self.ends: dict[fx.Node, str] = {}      # the innermost layer whose call ended in this operation
+        self.ends: dict[fx.Node, list[str]] = {}        # the layers whose call ended in this operation, innermost first
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         out = super().call_module(m, forward, args, kwargs)
-        if isinstance(out, fx.Proxy): self.ends.setdefault(out.node, self.path_of_module(m))
+        if isinstance(out, fx.Proxy): self.ends.setdefault(out.node, []).append(self.path_of_module(m))
         return out
 
-def _traced(model: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
+def _traced(model: nn.Module) -> tuple[fx.Graph, dict[fx.Node, list[str]]]:
     "A network's operations as it runs in eval mode, and the layers that end in them."
     tracer = Tracer()
     try:
@@ -307,7 +307,7 @@ def spread(self: Walk, ids: Tensor, dim: int, node: fx.Node) -> Tensor:
     view[dim] = len(ids)
     return ids.view(view).expand(shape)
 
-# %% ../nbs/06_channels.ipynb #46fd56bf
+# %% ../nbs/06_channels.ipynb #71784445
 @patch
 def normalise(self: Walk, node: fx.Node, layer: nn.Module) -> Flow:
     "A batch norm."
@@ -333,9 +333,9 @@ def own(self: Walk, node: fx.Node, flow: Flow, norm: str) -> None:
 def normalise_function(self: Walk, node: fx.Node, layer: None) -> Flow:
     "A batch norm written as a function, inside a layer of the user's own; its mask stands behind that layer."
     flow, *rest = self.inputs(node)
-    name, end = None, node
-    while end not in self.ends and len(end.users) == 1: end = next(iter(end.users))
-    name = self.ends.get(end)
+    owner, end = next((n.target.rpartition('.')[0] for n in node.all_input_nodes if n.op == 'get_attr'), None), node
+    while owner not in self.ends.get(end, []) and len(end.users) == 1: end = next(iter(end.users))
+    name = owner if owner in self.ends.get(end, []) else None
     ids = self.channel_ids(flow, 1, name or node.name)
     for parameter in rest: self.ties.tie(ids, parameter.ids.flatten())
     if name is None:

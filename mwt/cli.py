@@ -81,14 +81,14 @@ def open_model(
     load_checkpoint(model, Path(out)/'model.safetensors')
     return model.to(data.train.device)
 
-# %% ../nbs/15_cli.ipynb #52259faa
+# %% ../nbs/15_cli.ipynb #8d772751
 def cmd_train(a: argparse.Namespace) -> None:
     "mwt train"
     device, config = resolve_device(a.device), make_config(None, lr=a.lr, momentum=a.momentum, weight_decay=a.weight_decay, warmup=a.warmup)
     check_range('epochs', a.epochs, 1, integer=True)
     check_choice('method', a.method, [*METHODS, 'plain'])
-    settings = {k: v for k, v in dict(alpha=a.alpha, beta=a.beta).items() if v is not None}
-    if settings and a.method == 'plain': raise ValueError(f"--{min(settings)} weighs masks, but --method plain has none; leave it out")
+    settings = {k: v for k, v in dict(target_krr=a.target_krr, alpha=a.alpha, beta=a.beta).items() if v is not None}
+    if settings and a.method == 'plain': raise ValueError(f"--{min(settings).replace('_', '-')} is about masks, but --method plain has none; leave it out")
     method = None if a.method == 'plain' else describe_method(make_method(a.method, **settings))
     run = dict(data=dict(source=_source(a.data), root=str(Path(a.root).resolve()), batch_size=a.batch_size, seed=a.seed, valid=a.valid, size=a.size), model=a.model,
                width=a.width, method=method, epochs=a.epochs, seed=a.seed, config=asdict(config), environment=environment(device))
@@ -179,7 +179,7 @@ def cmd_demo(a: argparse.Namespace) -> None:
     "mwt demo"
     print(demo(a.out, a.overwrite, a.epochs, a.seed, a.device), f"kept in {a.out}; open {a.out}/report.html", sep='\n')
 
-# %% ../nbs/15_cli.ipynb #c8441a68
+# %% ../nbs/15_cli.ipynb #fb03cf23
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     "A sub-command with the options that all share."
     p = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -194,9 +194,10 @@ def _train_options(p: argparse.ArgumentParser) -> None:
     p.add_argument('--root', default='data', help='where data sets are downloaded and decoded images are cached')
     p.add_argument('--model', default='simcnn', help=f"{', '.join(MODELS)}, or torchvision/NAME")
     p.add_argument('--width', type=float, default=1.0, help='multiplier of the kernel numbers')
-    p.add_argument('--method', default='mwt', help=f"{', '.join(METHODS)}, or plain for no masks at all")
-    p.add_argument('--alpha', type=float, help="weight of the cohesion loss; left out: the method's own")
-    p.add_argument('--beta', type=float, help="weight of the coupling loss; left out: the method's own")
+    p.add_argument('--method', default='composable', help=f"{', '.join(METHODS)}, or plain for no masks at all")
+    p.add_argument('--target-krr', type=float, help="composable: share of the kernels that a class's module keeps; left out: the method's own")
+    p.add_argument('--alpha', type=float, help="mwt: weight of the cohesion loss; left out: the method's own")
+    p.add_argument('--beta', type=float, help="mwt: weight of the coupling loss; left out: the method's own")
     p.add_argument('--epochs', type=int, default=200, help='passes over the training images')
     p.add_argument('--batch-size', type=int, default=128, help='images a step')
     p.add_argument('--lr', type=float, default=default.lr, help='peak learning rate')

@@ -128,7 +128,7 @@ def save_tensors(
     metadata = dict(format=f'mwt-{kind}', about=words, sha256=_digest(tensors, words))
     return write_whole(path, lambda p: save_file(tensors, p, metadata))
 
-# %% ../nbs/00_core.ipynb #83176b5e
+# %% ../nbs/00_core.ipynb #a2a26deb
 def load_tensors(
     path: str | Path, # a file of `save_tensors`
     kind: str, # what it must be
@@ -137,7 +137,7 @@ def load_tensors(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no {kind} at {path}; check the path, or make one first")
     try:
-        with safe_open(path, 'pt') as f: metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, 'pt') as f: metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is truncated, damaged or no safetensors file ({e}); make the {kind} again") from e
     if metadata.get('format') != f'mwt-{kind}':

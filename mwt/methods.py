@@ -18,7 +18,7 @@ from .losses import class_sums, mask_losses
 __all__ = ['SAMPLE', 'METHODS', 'MwT', 'cross_entropy', 'draw_targets', 'threshold', 'open_gates', 'ClassGates', 'Composable',
            'make_method', 'describe_method']
 
-# %% ../nbs/05_methods.ipynb #3423bc33
+# %% ../nbs/05_methods.ipynb #85a9de83
 @dataclass(frozen=True)
 class MwT:
     "Modularizing while training, as published (Qi et al. 2024)."
@@ -43,8 +43,8 @@ class MwT:
         parts = dict(cohesion_loss=cohesion.detach(), coupling_loss=coupling.detach())
         return self.alpha * cohesion + self.beta * coupling, parts
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss of a batch, and its parts for the log: detached scalars."
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        "The loss of a batch, and its parts for the log: detached scalars. `progress` is the share of the run that is done."
         logits, masks = model.with_masks(images)
         loss, parts = cross_entropy(logits, labels)
         penalty, more = self.penalty(masks, labels, model.n_classes)
@@ -145,13 +145,13 @@ class ClassGates(nn.Module):
     @property
     def krr(self) -> Tensor: return (self.gates * self.kernels).sum() / (len(self.gates) * self.kernels.sum())
 
-# %% ../nbs/05_methods.ipynb #4d8b16b9
+# %% ../nbs/05_methods.ipynb #75163c40
 @dataclass(frozen=True)
 class Composable:
     "Class gates and random target sets: modules that work as they are cut."
     target_krr: float = 0.15    # share of the kernels that a class's module keeps, above 0 and at most 1
     separation: float = 1.0     # how strongly classes avoid each other's kernels, at least 0
-    full: float = 0.4           # share of the samples that train the full model, 0 to 1
+    full: float = 0.3           # share of the samples that train the full model at the end of the run, 0 to 1; 1 at its start
     start: float = 0.1          # share of the run after which gates begin to close, 0 to 1
     end: float = 0.5            # share of the run after which they stand still, at least `start`
     memory: float = 0.995       # of the running mean of squared gradients, 0 to below 1
@@ -174,9 +174,9 @@ class Composable:
         left = min(1., max(0., (self.end - progress) / max(self.end - self.start, 1e-9)))
         return self.target_krr + (1 - self.target_krr) * left**3
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss of a batch, and its parts for the log: detached scalars."
-        targets = draw_targets(labels, model.n_classes, self.full)
+        targets = draw_targets(labels, model.n_classes, 1 - (1 - self.full) * progress)
         loss, parts = cross_entropy(model(images, targets).float().masked_fill(~targets, float('-inf')), labels)
         return loss, parts | dict(krr=model.gates.krr)
 

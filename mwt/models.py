@@ -11,7 +11,7 @@ from .core import check_choice, check_range, seeded
 
 # %% auto #0
 __all__ = ['VGG16', 'MODELS', 'conv_block', 'scaled', 'init_convs', 'stacked', 'SimCNN', 'VGG16BN', 'ResCNN', 'BasicBlock',
-           'ResNet18', 'simcnn', 'rescnn', 'vgg16_bn', 'resnet18', 'create_model']
+           'ResNet18', 'mobilenet', 'simcnn', 'rescnn', 'vgg16_bn', 'resnet18', 'create_model']
 
 # %% ../nbs/02_models.ipynb #4fbf53b1
 def conv_block(
@@ -149,7 +149,17 @@ class ResNet18(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.head(self.stages(self.stem(x)))
 
-# %% ../nbs/02_models.ipynb #a3edc131
+# %% ../nbs/02_models.ipynb #f2468406
+def mobilenet(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> torchvision.models.MobileNetV2:
+    "MobileNetV2 for small images: 52 convolutions, 17 of them depthwise."
+    check_range('width', width, 0, 8, open_low=True)
+    blocks = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    model = torchvision.models.MobileNetV2(num_classes, width_mult=width, inverted_residual_setting=blocks)
+    old = model.features[0][0]
+    model.features[0][0] = nn.Conv2d(in_channels, old.out_channels, 3, padding=1, bias=False)
+    return init_convs(model)
+
+# %% ../nbs/02_models.ipynb #a948dc96
 def simcnn(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> SimCNN:
     "SimCNN: 13 convolutions, 14.7 million parameters at full width."
     return SimCNN(num_classes, width, in_channels)
@@ -166,7 +176,7 @@ def resnet18(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) ->
     "ResNet18 with the stem for small images."
     return ResNet18(num_classes, width, in_channels)
 
-MODELS: dict[str, Callable[..., nn.Module]] = dict(simcnn=simcnn, rescnn=rescnn, vgg16_bn=vgg16_bn, resnet18=resnet18)
+MODELS: dict[str, Callable[..., nn.Module]] = dict(simcnn=simcnn, rescnn=rescnn, vgg16_bn=vgg16_bn, resnet18=resnet18, mobilenet=mobilenet)
 
 # %% ../nbs/02_models.ipynb #043055a2
 def create_model(

@@ -63,14 +63,15 @@ def lr_factor(
     if step < rise: return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
-# %% ../nbs/09_training.ipynb #89e930f7
+# %% ../nbs/09_training.ipynb #e77232d0
 def training_loss(
     model: nn.Module, # a plain network, a modular one or a module
     images: Tensor, # (batch, channels, height, width)
     labels: Tensor, # (batch,), integers from 0
+    progress: float = 0.0, # share of the run that is done, for methods that change on the way
 ) -> tuple[Tensor, dict[str, Tensor]]: # the loss, and its parts for the log: detached scalars
     "Cross-entropy, or the loss of the method where there are masks."
-    if isinstance(model, ModularModel): return model.method.loss(model, images, labels)
+    if isinstance(model, ModularModel): return model.method.loss(model, images, labels, progress)
     return cross_entropy(answer(model(images)), labels)
 
 # %% ../nbs/09_training.ipynb #ea1560c4
@@ -165,7 +166,7 @@ def check_fit(
         raise ValueError(f"the network answers for {logits.shape[1]} classes, the data has {data.n_classes}; "
                          f"make the network with num_classes={data.n_classes}")
 
-# %% ../nbs/09_training.ipynb #32766aa2
+# %% ../nbs/09_training.ipynb #adc571fd
 def train_epoch(
     model: nn.Module, # changed in place
     batches: Batches, # training images
@@ -179,7 +180,7 @@ def train_epoch(
     total: dict[str, Tensor] = {}
     for images, labels in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            loss, parts = training_loss(model, images.contiguous(memory_format=torch.channels_last), labels)
+            loss, parts = training_loss(model, images.contiguous(memory_format=torch.channels_last), labels, scheduler.last_epoch / bar.total)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step(); scheduler.step()

@@ -4,9 +4,8 @@ from collections.abc import Callable
 import torch
 import torchvision
 from torch import nn
-from mwt.convert import ModularModel
+from mwt.convert import ModularModel, fixed_masks
 from mwt.decompose import Parts
-from mwt.masks import fixed_masks
 from mwt.models import create_model
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -37,18 +36,24 @@ def calibrate(model: ModularModel, masks: dict[str, torch.Tensor]) -> None:
     "Give the norms the statistics of the network with these kernels, so that signals reach the end at their usual size."
     norms, generator = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)], torch.Generator().manual_seed(2)
     for norm in norms: norm.momentum = 1.0
-    with fixed_masks(model.layers, masks): model.train()(torch.randn(16, *model.input_shape, generator=generator))
+    with fixed_masks(model, masks): model.train()(torch.randn(16, *model.input_shape, generator=generator).to(next(model.parameters())))
     model.eval()
 
 
 def random_parts(model: ModularModel, share: float | None, seed: int = 0) -> Parts:
     "Modules that keep a random share of the kernels of each layer, at least one; `None` keeps exactly one."
-    generator, sizes = torch.Generator().manual_seed(seed), {n: layer.kernels for n, layer in model.layers.items()}
-    def layer_rows(kernels: int) -> torch.Tensor:
+    generator, sizes = torch.Generator().manual_seed(seed), model.kernels
+    def rows(kernels: int) -> torch.Tensor:
         rows = torch.rand(model.n_classes, kernels, generator=generator) < (share or 0)
         one = torch.randint(kernels, (1,), generator=generator).expand(model.n_classes)     # the same for all classes
         rows[torch.arange(model.n_classes), one] = True
         return rows
-    modules = torch.cat([layer_rows(k) for k in sizes.values()], 1)
+    if model.gates is None: modules = torch.cat([rows(k) for k in sizes.values()], 1)
+    else:                               # kernels that hang together share a mask: draw one for each group of units
+        units = torch.ones(model.n_classes, model.gates.n_units + 1, dtype=torch.bool)
+        for group in model.gates.groups.unique():
+            at = (model.gates.groups == group).nonzero()[:, 0]
+            units[:, at] = rows(len(at))
+        modules = torch.cat([units[:, model.unit[model.channels.layers[name].writes]] for name in sizes], 1)
     return Parts([f'class {i}' for i in range(model.n_classes)], sizes, modules.double(), modules,
                  torch.full((model.n_classes, len(sizes)), .9), torch.ones(model.n_classes), 2)

@@ -80,7 +80,7 @@ UNKNOWN_NAMES = {
     'model': (lambda s: create_model('simcn'), 'simcn', 'simcnn'),
     'model of torchvision': (lambda s: create_model('torchvision/resnet81'), 'torchvision/resnet81', 'torchvision/resnet18'),
     'method': (lambda s: modularize(fresh(), 10, method='mtw'), 'mtw', 'mwt'),
-    'setting of the method': (lambda s: modularize(fresh(), 10, betta=1.), 'betta', 'beta'),
+    'setting of the method': (lambda s: modularize(fresh(), 10, 'mwt', betta=1.), 'betta', 'beta'),
     'option of fit': (lambda s: fit(fresh(), s.data, momentun=.9), 'momentun', 'momentum'),
     'class to extract': (lambda s: extract(s.model, s.parts, ['tow']), 'tow', 'two'),
     'class of the data': (lambda s: s.data.subset(['one', 'thre']), 'thre', 'three'),
@@ -117,9 +117,15 @@ NO_SHARES = [-.1, nan, inf, *NO_NUMBERS]            # wrong for every setting th
 NO_COUNTS = [-1, 1.5, nan, inf, *NO_NUMBERS]        # wrong for every setting that is a whole number
 
 SETTINGS: dict[str, tuple[Callable[[Any, Any], Any], list[Any]]] = {
-    'alpha': (lambda s, v: modularize(fresh(), 10, alpha=v), NO_SHARES),
-    'beta': (lambda s, v: modularize(fresh(), 10, beta=v), NO_SHARES),
-    'reduction': (lambda s, v: modularize(fresh(), 10, reduction=v), [0, *NO_COUNTS]),
+    'alpha': (lambda s, v: modularize(fresh(), 10, 'mwt', alpha=v), NO_SHARES),
+    'beta': (lambda s, v: modularize(fresh(), 10, 'mwt', beta=v), NO_SHARES),
+    'reduction': (lambda s, v: modularize(fresh(), 10, 'mwt', reduction=v), [0, *NO_COUNTS]),
+    'target_krr': (lambda s, v: modularize(fresh(), 10, target_krr=v), [0, 1.1, 15, *NO_SHARES]),
+    'separation': (lambda s, v: modularize(fresh(), 10, separation=v), NO_SHARES),
+    'full': (lambda s, v: modularize(fresh(), 10, full=v), [1.1, *NO_SHARES]),
+    'start': (lambda s, v: modularize(fresh(), 10, start=v), [1.1, *NO_SHARES]),
+    'end': (lambda s, v: modularize(fresh(), 10, start=.3, end=v), [.2, 1.1, *NO_SHARES]),
+    'memory': (lambda s, v: modularize(fresh(), 10, memory=v), [1, 1.1, *NO_SHARES]),
     'n_classes': (lambda s, v: modularize(fresh(), v), [0, 1, *NO_COUNTS]),
     'num_classes': (lambda s, v: create_model('simcnn', v), [0, 1, *NO_COUNTS]),
     'width': (lambda s, v: create_model('simcnn', width=v), [0, 8.1, *NO_SHARES]),
@@ -165,7 +171,9 @@ ONE_CONV = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten
 MISFITS = {
     'no convolution': (lambda s: modularize(DENSE, 10), 'Sequential has no nn.Conv2d layer; only convolutional networks'),
     'no convolution, trained': (lambda s: fit(DENSE, s.data, 1), 'Sequential has no nn.Conv2d layer; only convolutional networks'),
-    'only the first': (lambda s: modularize(ONE_CONV, 10), 'no convolution is left to mask: 0: the first'),
+    'only the first': (lambda s: modularize(ONE_CONV, 10, 'mwt'), 'no layer is left to mask: 0: the first'),
+    'a filter that leaves nothing': (lambda s: modularize(fresh(), 10, filter_fn=lambda layer, name: False), 'no layer is left to mask: features.0.0: left out by filter_fn'),
+    'targets for masks of images': (lambda s: modularize(fresh(), 10, 'mwt')(torch.zeros(1, 1, 8, 8), torch.ones(1, 10).bool()), 'are made of each image, not of classes; use extract'),
     'modularized twice': (lambda s: modularize(s.model, 10), 'ModularModel is already modularized; take the masks off with plain'),
     'masked inside': (lambda s: modularize(s.model.net, 10), 'already modularized; take the masks off with plain'),
     'other number of classes': (lambda s: modularize(fresh(), 7), 'answers for 10 classes, but n_classes is 7; give the number'),
@@ -427,7 +435,7 @@ def test_loss_that_is_no_number(data: ImageData, tmp_path: Path) -> None:
 
 def test_loss_that_turns_nan_keeps_the_best_epoch(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, steps, factor = tmp_path/'model.safetensors', len(data.train), mwt.training.lr_factor
-    good = modularize(fresh(), 10)
+    good = modularize(fresh(), 10, 'mwt')
     bad = copy.deepcopy(good)
     fit(good, data, 1, warmup=1., checkpoint=path, show=False)
     path.rename(tmp_path/'expected.safetensors')
@@ -495,8 +503,10 @@ WRONG_TRAIN: dict[str, tuple[list[Any], str]] = {
     'almost plain': (['--method', 'plian'], "'plian'; did you mean 'plain'?"),
     'channels': (['--model', 'torchvision/resnet18'], 'takes 3 channels'),
     'width of torchvision': (['--model', 'torchvision/resnet18', '--width', .5], 'width 0.5'),
+    **{f'{name} {value}': (['--method', 'mwt', f'--{name}', value], f'{name} must be a') for name in ('alpha', 'beta') for value in (-1, nan, inf)},
+    'setting of another method': (['--alpha', 1], "'composable' has no setting 'alpha'"),
     **{f'{name} {value}': ([f'--{name}', value], f"{name.replace('-', '_')} must be a") for name, values in {
-        'width': [0, -1, 9, nan], 'alpha': [-1, nan, inf], 'beta': [-1, nan, inf], 'epochs': [0, -1], 'batch-size': [0, -1], 'lr': [0, -1, nan, inf],
+        'width': [0, -1, 9, nan], 'target-krr': [0, -1, 1.5, nan], 'epochs': [0, -1], 'batch-size': [0, -1], 'lr': [0, -1, nan, inf],
         'momentum': [-1, 1, nan], 'weight-decay': [-1, nan, inf], 'warmup': [-1, 2, nan], 'valid': [0, 1, -1, nan], 'size': [0, -1],
         'seed': [-1, 2**32]}.items()
        for value in values},

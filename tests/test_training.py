@@ -15,6 +15,9 @@ from mwt.cli import main
 from mwt.convert import modularize
 from mwt.core import progress, seeded
 from mwt.data import Batches, ImageData, from_tensors, image_data
+from mwt.decompose import decompose
+from mwt.extract import extract
+from mwt.methods import draw_targets, open_gates
 from mwt.metrics import evaluate
 from mwt.models import create_model
 from mwt.training import TrainConfig, fit, load_checkpoint, lr_factor, make_config, save_checkpoint, train_epoch, training_loss
@@ -27,10 +30,10 @@ def data() -> ImageData:
     return ImageData(digits.train.sample(400), digits.valid, digits.test)
 
 
-def network(name: str = 'simcnn', modular: bool = True, seed: int = 0, **settings: Any) -> nn.Module:
+def network(name: str = 'simcnn', modular: bool | str = 'mwt', seed: int = 0, **settings: Any) -> nn.Module:
     net = create_model(name, 10, .1, 1, seed=seed)
     if not modular: return net
-    with seeded(seed): return modularize(net, 10, **settings)
+    return modularize(net, 10, modular, seed=seed, **settings)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -39,14 +42,14 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-both_kinds = pytest.mark.parametrize('modular', [False, True], ids=['plain', 'modular'])
+every_kind = pytest.mark.parametrize('modular', [False, 'mwt', 'composable'], ids=['plain', 'mwt', 'composable'])
 
 
 # A seed repeats everything, and disturbs nothing
 
-@both_kinds
+@every_kind
 @pytest.mark.parametrize('name', ['simcnn', 'rescnn'])
-def test_seed_repeats_every_bit(name: str, modular: bool, data: ImageData) -> None:
+def test_seed_repeats_every_bit(name: str, modular: bool | str, data: ImageData) -> None:
     runs = []
     for seed in (3, 3, 4):
         model = network(name, modular)
@@ -65,8 +68,8 @@ def generators() -> tuple:
     return random.getstate(), [s.tolist() if isinstance(s, np.ndarray) else s for s in np.random.get_state()], torch.get_rng_state().tolist()
 
 
-@both_kinds
-def test_global_generators_are_left_alone(modular: bool, data: ImageData) -> None:
+@every_kind
+def test_global_generators_are_left_alone(modular: bool | str, data: ImageData) -> None:
     before = generators()
     model = network('rescnn', modular)                          # with dropout
     fit(model, data, 1, show=False)
@@ -88,9 +91,9 @@ def test_data_are_left_alone(data: ImageData) -> None:
 def seen(model: nn.Module, data: ImageData, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list, list]:
     "The batches and the learning rates of a fit."
     batches, rates, step = [], [], torch.optim.SGD.step
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Any:
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Any:
         batches.append((images.clone(), labels.clone()))
-        return training_loss(model, images, labels)
+        return training_loss(model, images, labels, progress)
     def spy(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
         rates.append(tuple(self.param_groups[0][k] for k in ('lr', 'momentum', 'weight_decay', 'nesterov')))
         return step(self, *args, **kwargs)
@@ -101,8 +104,9 @@ def seen(model: nn.Module, data: ImageData, monkeypatch: pytest.MonkeyPatch, **o
     return batches, rates
 
 
-def test_plain_and_modular_get_the_same_recipe(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    (a, rates_a), (b, rates_b) = [seen(network('rescnn', modular), data, monkeypatch, epochs=2, seed=5) for modular in (False, True)]
+@pytest.mark.parametrize('method', ['mwt', 'composable'])
+def test_plain_and_modular_get_the_same_recipe(method: str, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    (a, rates_a), (b, rates_b) = [seen(network('rescnn', modular), data, monkeypatch, epochs=2, seed=5) for modular in (False, method)]
     assert len(a) == len(b) == 2 * len(data.train) and rates_a == rates_b
     assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b))
     assert not any(torch.equal(a[i][0], a[len(data.train) + i][0]) for i in range(len(data.train))), 'each epoch has an order of its own'
@@ -196,14 +200,14 @@ def test_test_part_is_never_read(data: ImageData) -> None:
     assert same(a, b)
 
 
-@both_kinds
-def test_history_is_whole(modular: bool, data: ImageData) -> None:
+@every_kind
+def test_history_is_whole(modular: bool | str, data: ImageData) -> None:
     history = fit(network(modular=modular), data, 3, show=False)
-    columns = ['epoch', 'cross_entropy', 'train_accuracy', *['cohesion_loss', 'coupling_loss'] * modular, 'loss', 'valid_accuracy']
+    columns = ['epoch', 'cross_entropy', 'train_accuracy', *dict(mwt=['cohesion_loss', 'coupling_loss'], composable=['krr']).get(modular, []), 'loss', 'valid_accuracy']
     assert [list(row) for row in history.rows] == [columns] * 3 and history.series('epoch') == [1, 2, 3]
     for row in history.rows:
         assert all(math.isfinite(v) for v in row.values()) and 0 <= row['train_accuracy'] <= 1 and 0 <= row['valid_accuracy'] <= 1
-        if modular: assert row['loss'] == pytest.approx(row['cross_entropy'] + .5 * row['cohesion_loss'] + 1.5 * row['coupling_loss'], rel=1e-5)
+        if modular == 'mwt': assert row['loss'] == pytest.approx(row['cross_entropy'] + .5 * row['cohesion_loss'] + 1.5 * row['coupling_loss'], rel=1e-5)
         else: assert row['loss'] == row['cross_entropy']
     assert len(history.table()) == 3 and 1 <= history.best_epoch <= 3
 
@@ -252,9 +256,9 @@ def random_batches(samples: int, n_classes: int, batch_size: int) -> Batches:
     return from_tensors(part, part, part, names, batch_size, device='cpu').train
 
 
-@both_kinds
+@every_kind
 @pytest.mark.parametrize('name', ['simcnn', 'resnet18'])
-def test_step_never_waits(name: str, modular: bool, data: ImageData) -> None:
+def test_step_never_waits(name: str, modular: bool | str, data: ImageData) -> None:
     assert sum(step_calls(network(name, modular), data.train).values()) > 100
 
 
@@ -264,17 +268,18 @@ def test_watch_sees_what_it_should() -> None:
         with pytest.raises(AssertionError, match='wait'), Watch(): wait()
 
 
-def test_step_does_not_grow_with_samples_or_classes() -> None:
+@pytest.mark.parametrize('method', ['mwt', 'composable'])
+def test_step_does_not_grow_with_samples_or_classes(method: str) -> None:
     "As many operations for 8 images of 2 classes as for 64 of 32: no loop runs over either."
     def calls(n_classes: int, batch_size: int) -> Counter[str]:
-        with seeded(0): model = modularize(create_model('simcnn', n_classes, .1, 1), n_classes)
+        with seeded(0): model = modularize(create_model('simcnn', n_classes, .1, 1), n_classes, method)
         return step_calls(model, random_batches(2 * batch_size, n_classes, batch_size))
     assert calls(2, 8) == calls(2, 64) == calls(32, 64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-@both_kinds
-def test_step_never_waits_on_a_gpu(modular: bool, data: ImageData) -> None:
+@every_kind
+def test_step_never_waits_on_a_gpu(modular: bool | str, data: ImageData) -> None:
     model, batches = network('resnet18', modular).to('cuda', memory_format=torch.channels_last), data.train.to('cuda')
     optimizer, scheduler = mwt.training._optimizer(model, TrainConfig(), 10)
     bar = progress(range(100), show=False)
@@ -294,13 +299,68 @@ def test_gpu_learns_too(data: ImageData) -> None:
     assert next(model.parameters()).is_cuda
 
 
+# Class gates
+
+def test_gates_close_to_the_target_and_stand_still(data: ImageData) -> None:
+    model = network(modular='composable', target_krr=.2)
+    history = fit(model, data, 8, show=False)
+    krr = history.series('krr')
+    assert krr[0] > .5 and krr == sorted(krr, reverse=True) and krr[-1] == krr[-2] == pytest.approx(.2, abs=.02)
+    assert history.best_epoch > 4, 'an epoch before the gates came to rest'
+    gates, kernels = model.gates.gates, model.gates.kernels
+    assert set(gates.unique().tolist()) == {0., 1.} and model.gates.krr == pytest.approx((gates * kernels).sum().item() / (10 * kernels.sum().item()))
+    for group in model.gates.groups.unique(): assert gates[:, model.gates.groups == group].any(1).all(), 'a class without a kernel of some layer'
+
+
+def test_what_trains_is_what_is_cut(data: ImageData) -> None:
+    "The full model is the module of all classes, and with targets the model answers as the module for them does."
+    model = network(modular='composable')
+    fit(model, data, 3, show=False)
+    parts, (images, _) = decompose(model.eval(), data.train, show=False), next(iter(data.valid))
+    for rows in ([1, 7], list(range(10))):
+        targets = torch.zeros(len(images), 10, dtype=torch.bool)
+        targets[:, rows] = True
+        with torch.no_grad(): assert torch.allclose(extract(model, parts, rows)(images), model(images, targets)[:, rows], atol=1e-4)
+    assert torch.allclose(model(images), model(images, torch.ones(len(images), 10, dtype=torch.bool)))
+    with pytest.raises(ValueError, match='masks of method MwT are made of each image'): network()(images, targets)
+
+
+def test_samples_of_a_batch_do_not_see_each_others_targets() -> None:
+    model, images = network(modular='composable').eval(), torch.randn(2, 1, 8, 8)
+    model.gates.gates.bernoulli_(.5, generator=torch.Generator().manual_seed(0))
+    targets = torch.eye(10, dtype=torch.bool)[[3, 8]]
+    with torch.no_grad(): both, alone = model(images, targets), torch.cat([model(images[i:i + 1], targets[i:i + 1]) for i in range(2)])
+    assert torch.allclose(both, alone, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 60), st.floats(0, 1), st.integers(0, 99))
+def test_target_sets(n_classes: int, batch: int, full: float, seed: int) -> None:
+    with seeded(seed): labels, targets = (y := torch.randint(n_classes, (batch,))), draw_targets(y, n_classes, full)
+    assert targets.shape == (batch, n_classes) and targets[torch.arange(batch), labels].all() and targets.sum(1).min() >= 2
+    if full == 1: assert targets.all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 60), st.floats(.02, 1), st.integers(0, 99))
+def test_open_gates_keep_to_the_share(n_classes: int, units: int, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores, kernels = torch.rand(n_classes, units, generator=generator), torch.randint(1, 5, (units,), generator=generator)
+    groups = torch.arange(units) % 3
+    gates = open_gates(scores, kernels, groups, share)
+    must = n_classes * 3 * kernels.max()                                       # at least one of each group
+    assert (gates * kernels).sum() <= share * n_classes * kernels.sum() + must
+    assert all(gates[:, groups == g].any(1).all() for g in groups.unique())
+    if share == 1: assert gates.all()
+
+
 # What training leaves behind
 
 def test_no_masks_are_kept(data: ImageData) -> None:
     model = network()
     fit(model, data, 1, show=False)
     evaluate(model, data.valid)
-    assert all(layer.record is None and layer.fixed is None for layer in model.layers.values())
+    assert all(layer.record is None and layer.fixed is None for layer in model.points.values())
     twin = copy.deepcopy(model)
     assert same(twin, model) and twin is not model and evaluate(twin, data.valid) == evaluate(model, data.valid)
 
@@ -308,12 +368,12 @@ def test_no_masks_are_kept(data: ImageData) -> None:
 def test_no_masks_are_kept_after_an_error(data: ImageData) -> None:
     model = network()
     with pytest.raises(RuntimeError): training_loss(model, torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
-    assert all(layer.record is None for layer in model.layers.values())
+    assert all(layer.record is None for layer in model.points.values())
     copy.deepcopy(model)
 
 
-@both_kinds
-def test_bfloat16(modular: bool, data: ImageData) -> None:
+@every_kind
+def test_bfloat16(modular: bool | str, data: ImageData) -> None:
     model, (images, labels) = network('resnet18', modular).train(), next(iter(data.train))
     with torch.autocast('cpu', torch.bfloat16): loss, parts = training_loss(model, images, labels)
     loss.backward()
@@ -323,15 +383,16 @@ def test_bfloat16(modular: bool, data: ImageData) -> None:
     assert torch.allclose(loss, full, rtol=.1)
 
 
-@both_kinds
-def test_checkpoint_round_trip(modular: bool, data: ImageData, tmp_path: Path) -> None:
+@every_kind
+def test_checkpoint_round_trip(modular: bool | str, data: ImageData, tmp_path: Path) -> None:
     model, path = network('rescnn', modular), tmp_path/'deep'/'er'/'model.safetensors'
     fit(model, data, 1, checkpoint=path, show=False)
     about = load_checkpoint(loaded := network('rescnn', modular, seed=7), path)
     assert same(loaded, model) and about['epoch'] == 1
     x = next(iter(data.valid))[0]
     with torch.no_grad(): assert torch.equal(model.eval()(x), loaded.eval()(x))
-    if modular: assert loaded.classes == model.classes == data.classes and (about['method'], about['beta']) == ('mwt', 1.5)
+    if modular: assert loaded.classes == model.classes == data.classes and about['method'] == modular
+    if modular == 'composable': assert loaded.gates.gates.mean() < .2 and torch.equal(loaded.gates.gates, model.gates.gates)
 
 
 def test_checkpoint_keeps_class_names(data: ImageData, tmp_path: Path) -> None:
@@ -350,11 +411,11 @@ class Shuffled(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return self.head(torch.relu(self.body(torch.relu(self.stem(x)))).mean((2, 3)))
 
 
-@both_kinds
-def test_layers_registered_in_another_order(modular: bool, data: ImageData) -> None:
-    model = modularize(Shuffled(), 10, example_input=torch.zeros(1, 1, 8, 8)) if modular else Shuffled()
+@every_kind
+def test_layers_registered_in_another_order(modular: bool | str, data: ImageData) -> None:
+    model = modularize(Shuffled(), 10, modular, example_input=torch.zeros(1, 1, 8, 8)) if modular else Shuffled()
     fit(model, data, 1, show=False)
-    if modular: assert list(model.layers) == ['body']
+    if modular: assert list(model.kernels) == dict(mwt=['body'], composable=['stem', 'body'])[modular]
 
 
 # Processes that are killed

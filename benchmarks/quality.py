@@ -1,0 +1,149 @@
+"""How good are modules as they are cut? Train, decompose, extract and judge, for several networks, methods and seeds.
+
+    python benchmarks/quality.py run --data FOLDER                  # the CPU figures: about 80 minutes on two cores
+    python benchmarks/quality.py run --data FOLDER --preset quick   # a minute, to see that it works
+    python benchmarks/quality.py run --data FOLDER --preset gpu     # full-width networks, 200 epochs; wants a CUDA GPU
+    python benchmarks/quality.py run --data FOLDER --preset ablation
+    python benchmarks/quality.py table                              # all results as Markdown, mean and spread over seeds
+
+Every run adds one line to results/quality.jsonl; runs that are there already are skipped, so a stopped benchmark is taken
+up again by the same command, and several may work side by side (--seeds 0, --seeds 1, ...).
+"""
+from __future__ import annotations
+import argparse, itertools, json, random, statistics, sys, time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))        # runs from a plain checkout
+
+import torch
+from mwt.channels import evaluating
+from mwt.convert import ModularModel, modularize
+from mwt.data import ImageData, image_data
+from mwt.decompose import Parts, decompose
+from mwt.extract import extract
+from mwt.metrics import count_flops, count_params, coupling, evaluate
+from mwt.models import create_model
+from mwt.report import environment
+from mwt.training import fit
+
+RESULTS = HERE / 'results' / 'quality.jsonl'
+RECIPE = dict(lr=0.1, weight_decay=5e-4, warmup=0.15, amp=True)
+METHODS = {'plain': None, 'composable': dict(method='composable'), 'mwt': dict(method='mwt')}
+PRESETS: dict[str, dict[str, Any]] = {
+    'cpu': dict(networks=['simcnn:0.25', 'resnet18:0.125'], methods=['plain', 'composable'], epochs=10, batch=128, fives=20),
+    'quick': dict(networks=['simcnn:0.1'], methods=['plain', 'composable'], epochs=1, batch=128, fives=2),
+    'mwt': dict(networks=['simcnn:0.25', 'resnet18:0.125'], methods=['mwt'], epochs=10, batch=128, fives=20),
+    'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'], methods=['plain', 'composable', 'mwt'], epochs=200, batch=512, fives=20)}
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    "A method's settings from its name: `composable`, or `composable,full=0.5,...`."
+    name, *changes = method.split(',')
+    if name not in METHODS: raise SystemExit(f'unknown method {name!r}; known: {", ".join(METHODS)}')
+    return dict(METHODS[name] or {}) | {k: float(v) for k, v in (c.split('=') for c in changes)}
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, data: ImageData) -> torch.Tensor:
+    "The model's answers for all test images."
+    with evaluating(model): return torch.cat([model(images) for images, _ in data.test.plain()])
+
+
+def judge_sets(model: ModularModel, parts: Parts, data: ImageData, sets: list[list[int]], logits: torch.Tensor) -> dict[str, float]:
+    "Means over several sets of classes: the module as it is cut, and beside it the full model choosing among the same classes."
+    found = []
+    for rows in sets:
+        module, chosen = extract(model, parts, rows), torch.tensor(rows, device=logits.device)
+        among = torch.isin(data.test.labels, chosen)
+        right = chosen[logits[among][:, chosen].argmax(1)] == data.test.labels[among]
+        found.append(dict(accuracy=evaluate(module, data.test), full=right.float().mean().item(),
+                          params=count_params(module) / module.full['params'],
+                          flops=count_flops(module, torch.zeros(1, *module.input_shape, device=data.device)) / module.full['flops']))
+    return {k: statistics.mean(f[k] for f in found) for k in found[0]}
+
+
+def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: ImageData) -> dict[str, Any]:
+    "Train and judge one network."
+    name, width = network.split(':')
+    settings, start = settings_of(method), time.perf_counter()
+    model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
+    if settings: model = modularize(model, data.n_classes, example_input=data.train.images[:1].float(), seed=seed, **settings)
+    history = fit(model, data, a.epochs, seed=seed, device=data.device, show=a.show, **RECIPE)
+    result = dict(train_seconds=time.perf_counter() - start, params=count_params(model if not settings else model.net),
+                  valid=history.series('valid_accuracy')[history.best_epoch - 1], full=evaluate(model, data.test))
+    if settings:
+        parts, n, logits = decompose(model, data.train, show=False), data.n_classes, logits_of(model, data)
+        pairs = list(map(list, itertools.combinations(range(n), 2)))
+        fives = [sorted(random.Random(i).sample(range(n), 5)) for i in range(a.fives)]
+        result |= dict(krr=parts.modules.double().mean().item(), coupling=coupling(parts.modules).mean().item(), cohesion=parts.cohesion.mean().item())
+        for size, sets in ((1, [[i] for i in range(n)]), (2, pairs), (5, fives), (n, [list(range(n))])):
+            result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
+    return result | dict(seconds=time.perf_counter() - start)
+
+
+def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[str, Any]:
+    return dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch, data=Path(a.data).name)
+
+
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def run(a: argparse.Namespace) -> None:
+    preset = PRESETS[a.preset]
+    for k, v in preset.items():
+        if getattr(a, k) is None: setattr(a, k, v)
+    if a.threads: torch.set_num_threads(a.threads)
+    data = image_data(a.data, root=a.root, batch_size=a.batch, device=a.device)
+    for seed, network, method in itertools.product(a.seeds, a.networks, a.methods):
+        key = key_of(a, network, method, seed)
+        if any(all(r[k] == v for k, v in key.items()) for r in read()): continue
+        result = one_run(a, network, method, seed, data)
+        line = json.dumps(key | result | dict(threads=torch.get_num_threads(), **environment(data.device)))
+        with RESULTS.open('a') as f: f.write(line + '\n')
+        print(key, {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
+
+
+COLUMNS = [('full', 'full', 100), ('KRR', 'krr', 100), ('2 classes', 'accuracy_2', 100), ('5', 'accuracy_5', 100), ('10', 'accuracy_10', 100),
+           ('full on the 2', 'full_2', 100), ('on the 5', 'full_5', 100), ('parameters 2', 'params_2', 100), ('5', 'params_5', 100), ('10', 'params_10', 100)]
+
+
+def table() -> str:
+    "Mean and spread over seeds, in percent."
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for r in read(): groups.setdefault((r['network'], r['epochs'], r['method']), []).append(r)
+    head = ['network', 'epochs', 'method', 'seeds', *(c[0] for c in COLUMNS), 'minutes']
+    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    for (network, epochs, method), runs in sorted(groups.items()):
+        cells = [network, str(epochs), method.replace(',', ', '), str(len(runs))]
+        for _, k, scale in COLUMNS:
+            values = [r[k] * scale for r in runs if k in r]
+            spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+            cells.append(f'{statistics.mean(values):.1f}{spread}' if values else '-')
+        cells.append(f"{statistics.mean(r['train_seconds'] for r in runs) / 60:.1f}")
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = p.add_subparsers(dest='command', required=True)
+    r = sub.add_parser('run')
+    r.add_argument('--data', required=True, help='a folder of images, or the name of a data set')
+    r.add_argument('--root', default='data', help='decoded images are kept here')
+    r.add_argument('--preset', default='cpu', choices=PRESETS)
+    r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
+    r.add_argument('--methods', nargs='+', help='plain, composable, mwt, or with settings: composable,full=0.5')
+    r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    for name in ('epochs', 'batch', 'fives'): r.add_argument(f'--{name}', type=int)
+    r.add_argument('--device', default=None)
+    r.add_argument('--threads', type=int, default=0)
+    r.add_argument('--show', action='store_true', help='progress bars')
+    sub.add_parser('table')
+    a = p.parse_args()
+    run(a) if a.command == 'run' else print(table())
+
+
+if __name__ == '__main__': main()
