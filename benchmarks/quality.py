@@ -35,6 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(networks=['simcnn:0.25', 'resnet18:0.125'], methods=['plain', 'composable'], epochs=10, batch=128, fives=20),
     'quick': dict(networks=['simcnn:0.1'], methods=['plain', 'composable'], epochs=1, batch=128, fives=2),
     'mwt': dict(networks=['simcnn:0.25', 'resnet18:0.125'], methods=['mwt'], epochs=10, batch=128, fives=20),
+    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=128, fives=20, methods=['plain', 'composable', 'composable,full=1', 'composable,full=0',
+        'composable,separation=0', 'composable,separation=3', 'composable,end=0.9,start=0.5', 'composable,target_krr=0.3']),
     'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'], methods=['plain', 'composable', 'mwt'], epochs=200, batch=512, fives=20)}
 
 

@@ -525,13 +525,16 @@ class ChannelMap:
     @property
     def kernels(self) -> dict[str, int]: return {i.name: i.kernels for i in self.infos}     # by layer, in running order
 
-# %% ../nbs/06_channels.ipynb #d5a0d53f
+# %% ../nbs/06_channels.ipynb #6262f580
 def map_channels(
     model: nn.Module, # a plain network
     example: Tensor, # an input that it accepts
 ) -> ChannelMap:
     "Follow all channels of a network. Raises `ValueError` for one that cannot be traced or has no layer that answers."
     walk = Walk(model, example)
+    with evaluating(model): same = torch.allclose(fx.GraphModule(model, walk.graph)(example), model(example), rtol=1e-3, atol=1e-4)
+    if not same: raise ValueError(f"{type(model).__name__} changes between calls: its trace computes something else than the network; make its forward pass "
+                                  "depend on nothing but its input and its mode, or pass the network in the state in which it shall stay")
     writers = {name: layer for name, layer in walk.layers.items() if layer.reads is not None}
     head = next((n for n, layer in writers.items() if torch.equal(layer.writes, walk.answer)), None)
     if head is None:

@@ -63,7 +63,7 @@ def modularity(
     "The three figures of a decomposition."
     return dict(krr=float(kernel_retention(parts.modules).mean()), cohesion=float(parts.cohesion.nanmean()), coupling=float(coupling(parts.modules).mean()))
 
-# %% ../nbs/13_report.ipynb #9653c124
+# %% ../nbs/13_report.ipynb #aa8b5bbc
 def metrics_table(
     metrics: dict[str, Any], # `modularity`, and `networks`: rows of `measure`
 ) -> Table: # one row a network, ratios against the plain network
@@ -76,7 +76,7 @@ def _metrics_row(r: dict[str, Any]) -> dict[str, str]:
     several = len(r['classes']) > 1
     return {'network': r['network'], 'parameters': f"{r['params']:,}", 'of plain': percent(r['params_ratio']), 'FLOPs of plain': percent(r['flops_ratio']),
             'latency of plain': percent(r['latency_ratio'], 0), 'accuracy': percent(r['accuracy']) if several else '-',
-            'fine-tuned': percent(r.get('tuned_accuracy')), 'full model': percent(r['full_accuracy']) if several else '-'}
+            'full model': percent(r['full_accuracy']) if several else '-'}
 
 # %% ../nbs/13_report.ipynb #8c31fc09
 def plot_layers(
