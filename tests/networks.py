@@ -27,7 +27,9 @@ def lively(net: nn.Module, seed: int = 0) -> nn.Module:
         elif isinstance(layer, nn.Linear):
             layer.weight.normal_(0, 0.8 * layer.in_features**-.5, generator=generator)
             layer.bias.normal_(0, .1, generator=generator)
-        elif isinstance(layer, nn.Conv2d) and layer.bias is not None: layer.bias.normal_(0, .1, generator=generator)
+        elif isinstance(layer, nn.Conv2d) and layer.bias is not None:        # no norm will bring its output to size
+            layer.weight.normal_(0, (2 / layer.weight[0].numel())**.5, generator=generator)
+            layer.bias.uniform_(0, .2, generator=generator)
     return net
 
 
