@@ -145,7 +145,7 @@ class ClassGates(nn.Module):
     @property
     def krr(self) -> Tensor: return (self.gates * self.kernels).sum() / (len(self.gates) * self.kernels.sum())
 
-# %% ../nbs/05_methods.ipynb #75163c40
+# %% ../nbs/05_methods.ipynb #bbd0cbe4
 @dataclass(frozen=True)
 class Composable:
     "Class gates and random target sets: modules that work as they are cut."
@@ -163,7 +163,7 @@ class Composable:
         check_range('separation', self.separation, 0)
         for name in ('full', 'start', 'memory'): check_range(name, getattr(self, name), 0, 1)
         check_range('end', self.end, self.start, 1)
-        if self.memory == 1: raise ValueError(f"memory must be below 1, not {self.memory!r}; nothing would be learned")
+        if self.memory == 1: raise ValueError(f"memory must be a number at least 0 and below 1, not {self.memory!r}")
 
     def gates(self, n_classes: int, kernels: Tensor, groups: Tensor) -> ClassGates:
         "Gates for all units of a network."
