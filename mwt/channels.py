@@ -215,7 +215,7 @@ class Walk:
         found = [self.flows[n] for n in node.all_input_nodes]
         return [f for flow in found for f in (flow if isinstance(flow, list) else [flow]) if f is not None]
 
-# %% ../nbs/06_channels.ipynb #e94a710f
+# %% ../nbs/06_channels.ipynb #0355fbd7
 @patch
 def step(self: Walk, node: fx.Node, example: Tensor) -> Any:
     "The flow of one operation."
@@ -231,6 +231,7 @@ def step(self: Walk, node: fx.Node, example: Tensor) -> Any:
     if isinstance(self.shapes[node], torch.Size): return None
     return self.rule(type(layer) if layer is not None else node.target)(node, layer)
 
+# %% ../nbs/06_channels.ipynb #aef27a4d
 @patch
 def rule(self: Walk, kind: Any) -> Callable[[fx.Node, nn.Module | None], Any]:
     "How to follow channels through an operation of this kind."
@@ -243,7 +244,7 @@ def rule(self: Walk, kind: Any) -> Callable[[fx.Node, nn.Module | None], Any]:
     if kind in (nn.Flatten, nn.Unflatten): return self.move
     return self.unknown
 
-# %% ../nbs/06_channels.ipynb #c9bebbe7
+# %% ../nbs/06_channels.ipynb #71b9ed36
 @patch
 def start(self: Walk, node: fx.Node, example: Tensor) -> Flow:
     self.shapes[node] = example[:1].to('meta')
@@ -251,6 +252,7 @@ def start(self: Walk, node: fx.Node, example: Tensor) -> Flow:
     self.ties.fix(ids, 'a channel of the image')
     return Flow(ids.view(1, -1, *[1] * (example.ndim - 2)).expand(1, *example.shape[1:]))
 
+# %% ../nbs/06_channels.ipynb #3dd51790
 @patch
 def parameter(self: Walk, node: fx.Node) -> Flow | None:
     owner, _, name = node.target.rpartition('.')
@@ -259,6 +261,7 @@ def parameter(self: Walk, node: fx.Node) -> Flow | None:
     if node.target not in self.tensors: self.tensors[node.target] = self.ties.new(value.numel()).view(value.shape)
     return Flow(self.tensors[node.target], blot=node.target)
 
+# %% ../nbs/06_channels.ipynb #35506b33
 @patch
 def finish(self: Walk, node: fx.Node) -> None:
     flows = self.inputs(node)
@@ -268,23 +271,25 @@ def finish(self: Walk, node: fx.Node) -> None:
     self.ties.fix(self.answer, 'it answers')
     self.needed |= flows[0].points
 
-# %% ../nbs/06_channels.ipynb #c29c0642
+# %% ../nbs/06_channels.ipynb #85f292c3
 @patch
 def channel_ids(self: Walk, flow: Flow, dim: int, reader: str) -> Tensor: # (channels,)
-    "The numbers along one dimension, if they vary along no other one; otherwise they are all fixed."
-    line = flow.ids.select(dim, 0) if flow.ids.ndim else flow.ids
-    if set(varying(self.ties.root[flow.ids] if set(varying(flow.ids)) - {dim % flow.ids.ndim} else flow.ids)) - {dim % flow.ids.ndim}:
-        self.ties.fix(flow.ids, f'{reader} mixes it with other places')
-    index = [0] * flow.ids.ndim
+    "The numbers along one dimension; should they vary along another one too, they are all fixed."
+    others = set(range(flow.ids.ndim)) - {dim % flow.ids.ndim}
+    if others & set(varying(flow.ids)) and others & set(varying(self.ties.root[flow.ids])):
+        self.ties.fix(flow.ids, f'{reader} reads it across channels')
+    index: list[Any] = [0] * flow.ids.ndim
     index[dim] = slice(None)
     return flow.ids[tuple(index)]
 
+# %% ../nbs/06_channels.ipynb #5a9365ba
 @patch
 def read(self: Walk, flow: Flow, reader: str) -> None:
     "A layer that mixes channels reads this flow: masked channels must be zero here."
     if flow.blot: self.ties.fix(flow.ids, f'{reader} reads it behind {flow.blot}, which turns zeros into something else')
     self.needed |= flow.points
 
+# %% ../nbs/06_channels.ipynb #2fae0e61
 @patch
 def write(self: Walk, node: fx.Node, layer: nn.Module) -> Flow:
     "A convolution or a linear layer."
@@ -299,6 +304,7 @@ def write(self: Walk, node: fx.Node, layer: nn.Module) -> Flow:
         self.ties.tie(reads.view(groups, -1)[:, 0], writes.view(groups, -1)[:, 0])
     return Flow(self.spread(writes, dim, node), frozenset([name]))
 
+# %% ../nbs/06_channels.ipynb #875e7b9e
 @patch
 def spread(self: Walk, ids: Tensor, dim: int, node: fx.Node) -> Tensor:
     "Channel numbers in the shape of an operation's result."
@@ -307,7 +313,7 @@ def spread(self: Walk, ids: Tensor, dim: int, node: fx.Node) -> Tensor:
     view[dim] = len(ids)
     return ids.view(view).expand(shape)
 
-# %% ../nbs/06_channels.ipynb #71784445
+# %% ../nbs/06_channels.ipynb #789b3c4a
 @patch
 def normalise(self: Walk, node: fx.Node, layer: nn.Module) -> Flow:
     "A batch norm."
@@ -318,6 +324,7 @@ def normalise(self: Walk, node: fx.Node, layer: nn.Module) -> Flow:
     self.own(node, flow, name)
     return Flow(self.spread(ids, 1, node), frozenset([name]))
 
+# %% ../nbs/06_channels.ipynb #07406d1c
 @patch
 def own(self: Walk, node: fx.Node, flow: Flow, norm: str) -> None:
     "Note whose norm this is, and whose zeros it spoils."
@@ -329,6 +336,7 @@ def own(self: Walk, node: fx.Node, flow: Flow, norm: str) -> None:
         layer = self.attached.get(point, point)
         self.layers[layer].late = self.layers[layer].late or norm
 
+# %% ../nbs/06_channels.ipynb #5234820c
 @patch
 def normalise_function(self: Walk, node: fx.Node, layer: None) -> Flow:
     "A batch norm written as a function, inside a layer of the user's own; its mask stands behind that layer."
@@ -346,7 +354,7 @@ def normalise_function(self: Walk, node: fx.Node, layer: None) -> Flow:
     self.own(node, flow, name)
     return Flow(self.spread(ids, 1, node), frozenset([name]))
 
-# %% ../nbs/06_channels.ipynb #ea2bc365
+# %% ../nbs/06_channels.ipynb #ed0bed74
 @patch
 def keeps_zero(self: Walk, node: fx.Node, layer: nn.Module | None) -> bool:
     "Does this function of one number send 0 to 0?"
@@ -358,12 +366,14 @@ def keeps_zero(self: Walk, node: fx.Node, layer: nn.Module | None) -> bool:
     if any(isinstance(a, Tensor) for a in args[1:]): return node.target in ('type_as', 'to')
     return bool((f(*args, **self.value(node.kwargs)) == 0).all())
 
+# %% ../nbs/06_channels.ipynb #8f852b24
 @patch
 def elementwise(self: Walk, node: fx.Node, layer: nn.Module | None) -> Flow:
     "A function of one number."
     flow = self.flows[node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else self.inputs(node)[0]
     return Flow(flow.ids, flow.points, flow.blot or ('' if self.keeps_zero(node, layer) else node.name))
 
+# %% ../nbs/06_channels.ipynb #154a746c
 @patch
 def combine(self: Walk, node: fx.Node, layer: None) -> Flow:
     "A sum, product or quotient of two."
@@ -379,6 +389,7 @@ def combine(self: Walk, node: fx.Node, layer: None) -> Flow:
     else: blot = left.blot or (right.blot if not quotient else '')
     return Flow(ids.expand(self.shapes[node].shape), left.points | right.points, blot)
 
+# %% ../nbs/06_channels.ipynb #d250ea14
 @patch
 def match(self: Walk, a: Flow, b: Flow, node: fx.Node) -> tuple[Tensor, Flow | None]: # numbers of the result; the side that is spread, if any
     "Tie two flows where both have channels. A side that is spread over the channels of the other has to stay."
@@ -392,7 +403,7 @@ def match(self: Walk, a: Flow, b: Flow, node: fx.Node) -> tuple[Tensor, Flow | N
     self.ties.tie(x, y)
     return torch.broadcast_tensors(x, y)[0], None
 
-# %% ../nbs/06_channels.ipynb #bcd06a71
+# %% ../nbs/06_channels.ipynb #15904927
 @patch
 def pool(self: Walk, node: fx.Node, layer: nn.Module | None) -> Flow:
     "An operation on the places of each channel: pooling, padding, resizing."
@@ -402,6 +413,7 @@ def pool(self: Walk, node: fx.Node, layer: nn.Module | None) -> Flow:
     blot = flow.blot or (node.name if node.target is F.pad and (self.value(node.args[3:4]) or [node.kwargs.get('value')])[0] else '')
     return Flow(self.spread(ids, 1, node), flow.points, blot)
 
+# %% ../nbs/06_channels.ipynb #eab35993
 @patch
 def reduce(self: Walk, node: fx.Node, layer: None) -> Flow:
     "A mean, sum or maximum over some dimensions."
@@ -413,13 +425,14 @@ def reduce(self: Walk, node: fx.Node, layer: None) -> Flow:
     for d in over: ids = ids.narrow(d, 0, 1)
     return Flow(ids.reshape(self.shapes[node].shape), flow.points, flow.blot)
 
+# %% ../nbs/06_channels.ipynb #fb7dfb94
 @patch
 def reduced(self: Walk, node: fx.Node, ndim: int) -> set[int]:
     "The dimensions that a reduction runs over."
     dim = self.value(node.kwargs.get('dim', node.args[1] if len(node.args) > 1 else None))
     return set(range(ndim)) if dim is None else {d % ndim for d in ([dim] if isinstance(dim, int) else dim)}
 
-# %% ../nbs/06_channels.ipynb #1787a2b7
+# %% ../nbs/06_channels.ipynb #3a8a7563
 @patch
 def move(self: Walk, node: fx.Node, layer: nn.Module | None) -> Any:
     "A view, permutation, chunk, choice, ..."
@@ -434,6 +447,7 @@ def move(self: Walk, node: fx.Node, layer: nn.Module | None) -> Any:
     elif set(varying(flow.ids)) and node.target not in ('expand', 'expand_as'): self.reshaped(node, layer, result)
     return Flow(result, flow.points, flow.blot)
 
+# %% ../nbs/06_channels.ipynb #90734acf
 @patch
 def reshaped(self: Walk, node: fx.Node, layer: nn.Module | None, result: Tensor) -> None:
     "Tie or fix channels along dimensions of constant size."
@@ -449,6 +463,7 @@ def reshaped(self: Walk, node: fx.Node, layer: nn.Module | None, result: Tensor)
     for d in constant & set(varying(result)): self.ties.tie(result.narrow(d, 0, 1), result)
     if len(varying(self.ties.root[result])) > 1: self.ties.fix(result, f'{node.name} folds its channels')
 
+# %% ../nbs/06_channels.ipynb #1678c1af
 @patch
 def pieces(self: Walk, node: fx.Node, flow: Flow, parts: list[Tensor]) -> list[Flow]:
     "The results of a chunk or split."
@@ -461,19 +476,17 @@ def pieces(self: Walk, node: fx.Node, flow: Flow, parts: list[Tensor]) -> list[F
         else: self.ties.fix(flow.ids, f'{node.name} cuts it at constant places')
     return [Flow(p, flow.points, flow.blot) for p in parts]
 
+# %% ../nbs/06_channels.ipynb #869279f8
 @patch
 def chosen(self: Walk, node: fx.Node, flow: Flow) -> None:
     "An index or slice: it may not choose among channels."
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if Ellipsis in index: index = tuple(slice(None) for _ in range(flow.ids.ndim)) if index == (Ellipsis,) else index
-    d = 0
-    for i in index:
-        if i is None: continue
-        if i is Ellipsis or isinstance(i, (Tensor, fx.Node)) or i != slice(None) and d in varying(flow.ids):
-            self.ties.fix(flow.ids, f'{node.name} picks some of its channels')
-            return
-        d += 1
+    dims = [i for i in index if i is not None]
+    many = varying(flow.ids)
+    if any(isinstance(i, (Tensor, fx.Node)) or i is Ellipsis or i != slice(None) and d in many for d, i in enumerate(dims)):
+        self.ties.fix(flow.ids, f'{node.name} picks some of its channels')
 
+# %% ../nbs/06_channels.ipynb #e734dc50
 @patch
 def join(self: Walk, node: fx.Node, layer: None) -> Flow:
     "A concatenation."
@@ -483,6 +496,7 @@ def join(self: Walk, node: fx.Node, layer: None) -> Flow:
     return Flow(JOINS[node.target]([f.ids for f in flows], dim), frozenset().union(*(f.points for f in flows)),
                 next((f.blot for f in flows if f.blot), ''))
 
+# %% ../nbs/06_channels.ipynb #bdc856bb
 @patch
 def unknown(self: Walk, node: fx.Node, layer: nn.Module | None) -> Any:
     "Anything else: what it reads has to stay."
@@ -581,7 +595,7 @@ def _silence(model: nn.Module, info: LayerInfo, keep: Tensor) -> None:
     for p in (layer.weight, layer.bias):
         if p is not None: p[off] = 0
 
-# %% ../nbs/06_channels.ipynb #45166694
+# %% ../nbs/06_channels.ipynb #a771c64f
 def _cut_layer(layer: nn.Module, reads: Tensor | None, writes: Tensor) -> None:
     "Keep some inputs and outputs of a layer, in place."
     parameter = lambda p, *index: None if p is None else nn.Parameter(p[index].clone())
@@ -599,8 +613,8 @@ def _cut_layer(layer: nn.Module, reads: Tensor | None, writes: Tensor) -> None:
 
 def _cut_tensor(model: nn.Module, path: str, keep: Tensor) -> None:
     "Keep some elements, along one dimension, of a parameter or buffer, in place."
-    [dim] = [d for d in range(keep.ndim) if varying(keep.long().select(d, 0)) != varying(keep.long())] or [0]
-    index = keep.movedim(dim, 0).flatten(1)[:, 0].nonzero()[:, 0] if keep.ndim > 1 else keep.nonzero()[:, 0]
+    [dim] = varying(keep)
+    index = keep.movedim(dim, 0).reshape(keep.shape[dim], -1)[:, 0].nonzero()[:, 0]
     owner, name = model.get_submodule(path.rpartition('.')[0]), path.rpartition('.')[2]
     old = getattr(owner, name)
     new = old.detach().index_select(dim, index.to(old.device)).clone()

@@ -210,7 +210,7 @@ def fit(
     if isinstance(model, ModularModel): model.classes = list(data.classes)
     with seeded(seed): return _fit(model, data, epochs, config, seed, checkpoint, show)
 
-# %% ../nbs/09_training.ipynb #07b59004
+# %% ../nbs/09_training.ipynb #02c61924
 def _optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
                                 nesterov=config.momentum > 0, fused=True)
@@ -232,9 +232,9 @@ def _fit(model: nn.Module, data: ImageData, epochs: int, config: TrainConfig, se
                 raise FloatingPointError(f"weights became infinite or NaN in epoch {epoch}; try a lower lr than {config.lr:g}")
             history.rows.append(row)
             bar.set_postfix_str(f"epoch {epoch}/{epochs}, loss {row['loss']:.3f}, valid {percent(row['valid_accuracy'])}")
-            if isinstance(model, ModularModel) and not model.method.settled(epoch / epochs): continue
-            judged.append(row['valid_accuracy'])
-            if best is None or judged[-1] > max(judged[:-1]):
+            settled = not isinstance(model, ModularModel) or model.method.settled(epoch / epochs)
+            if settled: judged.append(row['valid_accuracy'])
+            if len(judged) < 2 or judged[-1] > max(judged[:-1]):        # until then the latest is kept
                 history.best_epoch, best = epoch, {k: v.detach().clone() for k, v in model.state_dict().items()}
                 if checkpoint is not None: save_checkpoint(model, checkpoint, dict(epoch=epoch, valid_accuracy=row['valid_accuracy']))
     model.load_state_dict(best)

@@ -464,7 +464,7 @@ def test_killed(when: str, checkpoint: bool, killed: dict[str, Path], capsys: py
     "No checkpoint or a whole one; the folder does not pass for a run; and it can be used again."
     out = killed[when]
     assert (out/'model.safetensors').exists() == checkpoint and not (out/'run.json').exists()
-    if checkpoint: assert load_checkpoint(network(), out/'model.safetensors')['epoch'] >= 1
+    if checkpoint: assert load_checkpoint(network(modular='composable'), out/'model.safetensors')['epoch'] >= 1
     if when != 'middle': assert any(p.name[0] == '.' for p in out.iterdir()), 'killed at another moment'
     assert main(['decompose', '--out', str(out)]) == 2 and 'holds no run' in capsys.readouterr().err
     again = [*WORDS, '--epochs', '1', '--out', str(out)]
