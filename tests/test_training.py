@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy, math, random, subprocess, sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from mwt.core import progress, seeded
 from mwt.data import Batches, ImageData, from_tensors, image_data
 from mwt.decompose import decompose
 from mwt.extract import extract
-from mwt.methods import draw_targets, open_gates
+from mwt.methods import ClassGates, Composable, draw_targets, open_gates
 from mwt.metrics import evaluate
 from mwt.models import create_model
 from mwt.training import TrainConfig, fit, load_checkpoint, lr_factor, make_config, save_checkpoint, train_epoch, training_loss
@@ -331,6 +332,33 @@ def test_samples_of_a_batch_do_not_see_each_others_targets() -> None:
     targets = torch.eye(10, dtype=torch.bool)[[3, 8]]
     with torch.no_grad(): both, alone = model(images, targets), torch.cat([model(images[i:i + 1], targets[i:i + 1]) for i in range(2)])
     assert torch.allclose(both, alone, atol=1e-5)
+
+
+class Sizes(TorchDispatchMode):
+    "Notes every operation and the largest tensor that one made."
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.calls += 1
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor): self.largest = max(self.largest, t.numel())
+        return out
+
+
+def test_gates_scale_with_classes() -> None:
+    "1,000 classes and 5,000 kernels: no loop, and no tensor of batch x classes x kernels."
+    def step(n_classes: int, units: int, batch: int) -> Sizes:
+        method, kernels = Composable(), torch.ones(units, dtype=torch.long)
+        gates, labels = ClassGates(n_classes, kernels, torch.arange(units) % 20).train(), torch.randint(n_classes, (batch,))
+        with Sizes() as sizes:
+            gates(draw_targets(labels, n_classes, .3)).square().mean().backward()
+            method.learn(SimpleNamespace(gates=gates), labels, .3)
+        return sizes
+    small, large = step(10, 500, 16), step(1000, 5000, 64)
+    assert small.calls == large.calls and large.largest <= 1000 * 5000
 
 
 @settings(max_examples=50, deadline=None)
