@@ -87,7 +87,7 @@ def decode(
     if kind == 'is': return Ellipsis
     raise ValueError(f"a module file names an argument of kind {kind!r}, which this version of mwt does not know")
 
-# %% ../nbs/11_extract.ipynb #31fb9163
+# %% ../nbs/11_extract.ipynb #1ce56cbd
 def _operation(node: fx.Node) -> tuple[str, str]:
     "The kind of an operation and what it calls. Raises `ValueError` for one that a module file cannot hold."
     if node.op == 'placeholder': return 'input', ''
@@ -106,10 +106,8 @@ def describe_steps(
     model: nn.Module, # a traceable network
 ) -> list[dict[str, Any]]: # its operations in running order, JSON-able
     "What a network does, step by step."
-    steps, graph = [], trace(model)
-    for node in reversed(graph.nodes):              # checks of shapes, and what is only computed for them
-        if not node.users and (node.target is torch._assert or node.op in ('call_function', 'call_method', 'get_attr')): graph.erase_node(node)
-    for node in graph.nodes:
+    steps = []
+    for node in trace(model).nodes:
         kind, target = _operation(node)
         args = node.args[:1] if kind == 'attribute' else node.args
         steps.append(dict(name=node.name, kind=kind, target=target, args=encode(list(args)),

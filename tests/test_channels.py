@@ -125,6 +125,27 @@ def test_awkward_network(kind, method, tmp_path):
     for classes in ([2], [3, 0]): check_exact(model, classes, x, tmp_path/'module.safetensors')
 
 
+class Optional(nn.Module):
+    "A forward pass with arguments that nobody passes here, and a check of shapes."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x, features: bool = False, scale=None):
+        torch._assert(x.ndim == 4, 'four dimensions')
+        x = F.relu(torch.add(self.a(x), other=1.) - 1)
+        if scale is not None: x = x * scale
+        x = F.relu(self.b(x)).mean((2, 3))
+        return x if features else self.head(x)
+
+
+def test_optional_arguments_keep_their_defaults(tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    model = modularize(lively(Optional()), 4, example_input=x).eval()
+    assert [i.name for i in model.channels.infos if i.reason] == ['a', 'head']          # a number was added in between
+    check_exact(model, [1, 2], x, tmp_path/'module.safetensors')
+
+
 @pytest.mark.parametrize('kind, layer, reason', [('sigmoid', 'a', 'sigmoid'), ('slices', 'stem', 'picks some of its channels'),
                                                 ('group norm', 'a', 'GroupNorm reads it'), ('layer norm', 'a', 'LayerNorm reads it'), ('shift', 'a', 'scale'),
                                                 ('attention', 'a', 'mean reads it')])
