@@ -89,8 +89,8 @@ def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[
     return dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch, data=Path(a.data).name)
 
 
-def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def run(a: argparse.Namespace) -> None:
@@ -101,10 +101,10 @@ def run(a: argparse.Namespace) -> None:
     data = image_data(a.data, root=a.root, batch_size=a.batch, device=a.device)
     for seed, network, method in itertools.product(a.seeds, a.networks, a.methods):
         key = key_of(a, network, method, seed)
-        if any(all(r[k] == v for k, v in key.items()) for r in read()): continue
+        if any(all(r[k] == v for k, v in key.items()) for r in read(a.results)): continue
         result = one_run(a, network, method, seed, data)
         line = json.dumps(key | result | dict(threads=torch.get_num_threads(), **environment(data.device)))
-        with RESULTS.open('a') as f: f.write(line + '\n')
+        with a.results.open('a') as f: f.write(line + '\n')
         print(key, {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
 
 
@@ -112,10 +112,10 @@ COLUMNS = [('full', 'full', 100), ('KRR', 'krr', 100), ('2 classes', 'accuracy_2
            ('full on the 2', 'full_2', 100), ('on the 5', 'full_5', 100), ('parameters 2', 'params_2', 100), ('5', 'params_5', 100), ('10', 'params_10', 100)]
 
 
-def table() -> str:
+def table(results: Path) -> str:
     "Mean and spread over seeds, in percent."
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for r in read(): groups.setdefault((r['network'], r['epochs'], r['method']), []).append(r)
+    for r in read(results): groups.setdefault((r['network'], r['epochs'], r['method']), []).append(r)
     head = ['network', 'epochs', 'method', 'seeds', *(c[0] for c in COLUMNS), 'minutes']
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for (network, epochs, method), runs in sorted(groups.items()):
@@ -143,9 +143,10 @@ def main() -> None:
     r.add_argument('--device', default=None)
     r.add_argument('--threads', type=int, default=0)
     r.add_argument('--show', action='store_true', help='progress bars')
-    sub.add_parser('table')
+    t = sub.add_parser('table')
+    for q in (r, t): q.add_argument('--results', type=Path, default=RESULTS, help='where results are kept')
     a = p.parse_args()
-    run(a) if a.command == 'run' else print(table())
+    run(a) if a.command == 'run' else print(table(a.results))
 
 
 if __name__ == '__main__': main()

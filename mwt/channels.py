@@ -548,7 +548,7 @@ class ChannelMap:
     @property
     def kernels(self) -> dict[str, int]: return {i.name: i.kernels for i in self.infos}     # by layer, in running order
 
-# %% ../nbs/06_channels.ipynb #6262f580
+# %% ../nbs/06_channels.ipynb #6493bdb0
 def map_channels(
     model: nn.Module, # a plain network
     example: Tensor, # an input that it accepts
@@ -561,8 +561,8 @@ def map_channels(
     writers = {name: layer for name, layer in walk.layers.items() if layer.reads is not None}
     head = next((n for n, layer in writers.items() if torch.equal(layer.writes, walk.answer)), None)
     if head is None:
-        raise ValueError(f"{type(model).__name__}: its answer does not come straight from a linear layer or a convolution; "
-                         "let the network end with one, one output a class")
+        raise ValueError(f"{type(model).__name__}: its answer does not come straight from an nn.Linear or nn.Conv2d layer "
+                         f"({walk.ties.reasons()[int(walk.ties.root[walk.answer[0]])]}); let the network end with one, one output a class")
     for name, layer in writers.items():     # a layer whose kernels are all one can only be removed whole
         if len(walk.ties.root[layer.writes].unique()) < 2: walk.ties.fix(layer.writes, 'its kernels all hang together')
     reasons, root = walk.ties.reasons(), walk.ties.root

@@ -1,0 +1,19 @@
+"The benchmark scripts run; their figures are not judged here."
+import json, subprocess, sys
+from pathlib import Path
+from helpers import unpack_sample
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_quality(tmp_path):
+    images, results = unpack_sample(tmp_path), tmp_path/'quality.jsonl'
+    words = [sys.executable, str(ROOT/'benchmarks'/'quality.py')]
+    run = [*words, 'run', '--data', str(images), '--root', str(tmp_path), '--preset', 'quick', '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1',
+           '--device', 'cpu', '--results', str(results)]
+    for _ in range(2): subprocess.run(run, check=True, capture_output=True, timeout=300)           # the second time there is nothing left to do
+    plain, modular = [json.loads(line) for line in results.read_text().splitlines()]
+    assert plain['method'] == 'plain' and modular['method'] == 'composable' and modular['accuracy_10'] == modular['full']
+    assert 0 < modular['params_2'] < modular['params_5'] < modular['params_10'] < 1
+    said = subprocess.run([*words, 'table', '--results', str(results)], check=True, capture_output=True, text=True).stdout
+    assert said.count('\n') == 4 and '| simcnn:0.05 | 1 | composable | 1 |' in said
