@@ -106,7 +106,7 @@ def open_gates(
     best = torch.full_like(scores, -1).scatter_reduce(1, where, scores, 'amax')      # at most as many groups as units
     return ((scores > threshold(scores, kernels, share)) | (scores >= best.gather(1, where))).to(scores.dtype)
 
-# %% ../nbs/05_methods.ipynb #23cfacce
+# %% ../nbs/05_methods.ipynb #56090263
 class ClassGates(nn.Module):
     "Which units each class uses, and what that was learned from."
     def __init__(self,
@@ -120,12 +120,13 @@ class ClassGates(nn.Module):
         self.register_buffer('scores', torch.zeros(n_classes, self.n_units))
         self.register_buffer('kernels', kernels.float(), persistent=False)
         self.register_buffer('groups', groups, persistent=False)
+        self.learning = True                    # gates that stand still need no gradient
         self.mask: Tensor | None = None         # of the running step; its gradient is what gates learn from
 
     def forward(self, targets: Tensor | None = None) -> Tensor:
         "The mask of each target set, (batch or 1, units + 1); the last one is 1, for kernels that stay."
         mask = F.pad(union(self.gates, targets), (0, 1), value=1.)
-        if self.training and targets is not None and torch.is_grad_enabled(): self.mask = mask.requires_grad_()
+        if self.learning and self.training and targets is not None and torch.is_grad_enabled(): self.mask = mask.requires_grad_()
         return mask
 
     @torch.no_grad()
@@ -145,7 +146,7 @@ class ClassGates(nn.Module):
     @property
     def krr(self) -> Tensor: return (self.gates * self.kernels).sum() / (len(self.gates) * self.kernels.sum())
 
-# %% ../nbs/05_methods.ipynb #bbd0cbe4
+# %% ../nbs/05_methods.ipynb #a650b987
 @dataclass(frozen=True)
 class Composable:
     "Class gates and random target sets: modules that work as they are cut."
@@ -177,13 +178,14 @@ class Composable:
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss of a batch, and its parts for the log: detached scalars."
         targets = draw_targets(labels, model.n_classes, 1 - (1 - self.full) * progress)
+        model.gates.learning = progress <= self.end
         loss, parts = cross_entropy(model(images, targets).float().masked_fill(~targets, float('-inf')), labels)
         return loss, parts | dict(krr=model.gates.krr)
 
     def learn(self, model: nn.Module, labels: Tensor, progress: float) -> None:
         "Take in the gradient of a step and set the gates; called after each backward pass."
-        if progress > self.end: return
         gates = model.gates
+        if gates.mask is None: return
         gates.observe(labels, self.memory)
         gates.gates.copy_(open_gates(gates.relative(self.separation), gates.kernels, gates.groups, self.share(progress)))
 
