@@ -78,7 +78,7 @@ def draw_targets(
     lot = torch.rand(batch, n_classes, device=device).scatter(1, labels[:, None], -1.)      # the label always wins
     return lot <= lot.sort(1).values.gather(1, size[:, None] - 1)
 
-# %% ../nbs/05_methods.ipynb #7fd43731
+# %% ../nbs/05_methods.ipynb #ec10b2f0
 SAMPLE = 2**16      # scores that a threshold is found from; more are thinned out evenly
 
 def threshold(
@@ -88,6 +88,7 @@ def threshold(
 ) -> Tensor: # scalar
     "The score that this share of all kernels exceeds."
     step = -(-scores.numel() // SAMPLE)
+    while math.gcd(step, scores.shape[1]) > 1: step += 1       # so that every unit has its turn
     flat, weight = scores.flatten()[::step], kernels.to(scores).expand_as(scores).reshape(-1)[::step]
     flat, order = flat.sort(descending=True)
     filled = weight[order].cumsum(0)
