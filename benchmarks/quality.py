@@ -11,6 +11,7 @@ up again by the same command, and several may work side by side (--seeds 0, --se
 """
 from __future__ import annotations
 import argparse, itertools, json, random, statistics, sys, time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,78 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))        # runs from a plain checkout
 
 import torch
+from torch.nn import functional as F
 from mwt.channels import evaluating
 from mwt.convert import ModularModel, modularize
 from mwt.data import ImageData, image_data
 from mwt.decompose import Parts, decompose
 from mwt.extract import extract
+from mwt.methods import METHODS, Composable, draw_targets
 from mwt.metrics import count_flops, count_params, coupling, evaluate
 from mwt.models import create_model
 from mwt.report import environment
-from mwt.training import fit
+from mwt.training import TrainConfig, fit
 
 RESULTS = HERE / 'results' / 'quality.jsonl'
-RECIPE = dict(lr=0.1, weight_decay=5e-4, warmup=0.15, amp=True)
-METHODS = {'plain': None, 'composable': dict(method='composable'), 'mwt': dict(method='mwt')}
+RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
 PRESETS: dict[str, dict[str, Any]] = {
-    'cpu': dict(networks=['simcnn:0.25', 'resnet18:0.125'], methods=['plain', 'composable'], epochs=10, batch=128, fives=20),
+    'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['plain', 'composable'], epochs=10, batch=64, fives=20),
     'quick': dict(networks=['simcnn:0.1'], methods=['plain', 'composable'], epochs=1, batch=128, fives=2),
-    'mwt': dict(networks=['simcnn:0.25', 'resnet18:0.125'], methods=['mwt'], epochs=10, batch=128, fives=20),
-    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=128, fives=20, methods=['plain', 'composable', 'composable,full=1', 'composable,full=0',
-        'composable,separation=0', 'composable,separation=3', 'composable,end=0.9,start=0.5', 'composable,target_krr=0.3']),
+    'mwt': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['mwt'], epochs=10, batch=64, fives=20),
+    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=64, fives=20, methods=['plain', 'composable', 'composable,full=1', 'composable,full=0',
+        'uniform', 'distilled', 'both', 'composable,separation=0', 'composable,separation=3', 'composable,end=0.9,start=0.5', 'composable,memory=0.9',
+        'plain,weight_decay=0', 'composable,weight_decay=0']),
     'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'], methods=['plain', 'composable', 'mwt'], epochs=200, batch=512, fives=20)}
 
 
-def settings_of(method: str) -> dict[str, Any]:
-    "A method's settings from its name: `composable`, or `composable,full=0.5,...`."
+@dataclass(frozen=True)
+class Uniform(Composable):
+    "For the ablation: sizes of target sets are equally likely."
+    def targets(self, labels: torch.Tensor, n_classes: int, progress: float) -> torch.Tensor:
+        size = torch.randint(2, n_classes + 1, labels.shape, device=labels.device)
+        size = size.where(torch.rand_like(size, dtype=torch.float) >= 1 - (1 - self.full) * progress, n_classes)
+        lot = torch.rand(len(labels), n_classes, device=labels.device).scatter(1, labels[:, None], -1.)
+        return lot.argsort(1).argsort(1) < size[:, None]
+
+
+@dataclass(frozen=True)
+class Distilled(Composable):
+    "For the ablation: samples of small target sets also learn from the full model's answers, half and half; a second pass in each step."
+    def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.no_grad(), evaluating(model): teacher = model(images).float()
+        targets = self.targets(labels, model.n_classes, progress)
+        model.gates.learning = progress <= self.end
+        logits = model(images, targets).float().masked_fill(~targets, -1e4)
+        soft = F.cross_entropy(logits, teacher.masked_fill(~targets, -1e4).softmax(1), reduction='none')
+        hard = F.cross_entropy(logits, labels, reduction='none')
+        loss = torch.where(targets.all(1), hard, (hard + soft) / 2).mean()
+        return loss, dict(cross_entropy=hard.mean().detach())
+
+
+@dataclass(frozen=True)
+class Both(Composable):
+    "For the ablation: every image trains all classes and a random target set; twice the work."
+    def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        small = draw_targets(labels, model.n_classes, 0)
+        targets, twice = torch.cat([torch.ones_like(small), small]), torch.cat([images, images]).contiguous(memory_format=torch.channels_last)
+        model.gates.learning = progress <= self.end
+        loss = F.cross_entropy(model(twice, targets).float().masked_fill(~targets, -1e4), torch.cat([labels, labels]))
+        return 2 * loss, dict(cross_entropy=loss.detach())
+
+    def learn(self, model: ModularModel, labels: torch.Tensor, progress: float) -> None:
+        super().learn(model, torch.cat([labels, labels]), progress)
+
+
+VARIANTS = dict(METHODS, uniform=Uniform, distilled=Distilled, both=Both)
+
+
+def settings_of(method: str) -> tuple[Any, dict[str, Any]]:
+    "A method, or `None` for a plain network, and changes to the recipe: from `plain`, `mwt`, `composable,full=0.5`, `plain,weight_decay=0`."
     name, *changes = method.split(',')
-    if name not in METHODS: raise SystemExit(f'unknown method {name!r}; known: {", ".join(METHODS)}')
-    return dict(METHODS[name] or {}) | {k: float(v) for k, v in (c.split('=') for c in changes)}
+    if name != 'plain' and name not in VARIANTS: raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(VARIANTS)}")
+    given = {k: float(v) for k, v in (c.split('=') for c in changes)}
+    recipe = {k: given.pop(k) for k in [f.name for f in fields(TrainConfig)] if k in given}
+    return (VARIANTS[name](**given) if name != 'plain' else None), RECIPE | recipe
 
 
 @torch.no_grad()
@@ -69,13 +115,13 @@ def judge_sets(model: ModularModel, parts: Parts, data: ImageData, sets: list[li
 def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: ImageData) -> dict[str, Any]:
     "Train and judge one network."
     name, width = network.split(':')
-    settings, start = settings_of(method), time.perf_counter()
+    (masks, recipe), start = settings_of(method), time.perf_counter()
     model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
-    if settings: model = modularize(model, data.n_classes, example_input=data.train.images[:1].float(), seed=seed, **settings)
-    history = fit(model, data, a.epochs, seed=seed, device=data.device, show=a.show, **RECIPE)
-    result = dict(train_seconds=time.perf_counter() - start, params=count_params(model if not settings else model.net),
+    if masks: model = modularize(model, data.n_classes, masks, example_input=data.train.images[:1].float(), seed=seed)
+    history = fit(model, data, a.epochs, seed=seed, device=data.device, show=a.show, **recipe)
+    result = dict(train_seconds=time.perf_counter() - start, params=count_params(model.net if masks else model),
                   valid=history.series('valid_accuracy')[history.best_epoch - 1], full=evaluate(model, data.test))
-    if settings:
+    if masks:
         parts, n, logits = decompose(model, data.train, show=False), data.n_classes, logits_of(model, data)
         pairs = list(map(list, itertools.combinations(range(n), 2)))
         fives = [sorted(random.Random(i).sample(range(n), 5)) for i in range(a.fives)]
@@ -86,7 +132,8 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
 
 
 def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[str, Any]:
-    return dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch, data=Path(a.data).name)
+    "What tells runs apart."
+    return dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch, data=Path(a.data).name) | settings_of(method)[1]
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -115,11 +162,11 @@ COLUMNS = [('full', 'full', 100), ('KRR', 'krr', 100), ('2 classes', 'accuracy_2
 def table(results: Path) -> str:
     "Mean and spread over seeds, in percent."
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for r in read(results): groups.setdefault((r['network'], r['epochs'], r['method']), []).append(r)
-    head = ['network', 'epochs', 'method', 'seeds', *(c[0] for c in COLUMNS), 'minutes']
+    for r in read(results): groups.setdefault((r['network'], r['epochs'], r['batch'], r['method']), []).append(r)
+    head = ['network', 'epochs', 'batch', 'method', 'seeds', *(c[0] for c in COLUMNS), 'minutes']
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-    for (network, epochs, method), runs in sorted(groups.items()):
-        cells = [network, str(epochs), method.replace(',', ', '), str(len(runs))]
+    for (network, epochs, batch, method), runs in sorted(groups.items()):
+        cells = [network, str(epochs), str(batch), method.replace(',', ', '), str(len(runs))]
         for _, k, scale in COLUMNS:
             values = [r[k] * scale for r in runs if k in r]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
@@ -137,7 +184,7 @@ def main() -> None:
     r.add_argument('--root', default='data', help='decoded images are kept here')
     r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
-    r.add_argument('--methods', nargs='+', help='plain, composable, mwt, or with settings: composable,full=0.5')
+    r.add_argument('--methods', nargs='+', help='plain, composable, mwt, or with settings, of the method or of the recipe: composable,full=0.5')
     r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('epochs', 'batch', 'fives'): r.add_argument(f'--{name}', type=int)
     r.add_argument('--device', default=None)

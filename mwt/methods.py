@@ -107,7 +107,7 @@ def open_gates(
     best = torch.full_like(scores, -1).scatter_reduce(1, where, scores, 'amax')      # at most as many groups as units
     return ((scores > threshold(scores, kernels, share)) | (scores >= best.gather(1, where))).to(scores.dtype)
 
-# %% ../nbs/05_methods.ipynb #56090263
+# %% ../nbs/05_methods.ipynb #66458926
 class ClassGates(nn.Module):
     "Which units each class uses, and what that was learned from."
     def __init__(self,
@@ -140,14 +140,14 @@ class ClassGates(nn.Module):
         self.mask = None
 
     def relative(self, separation: float) -> Tensor: # (classes, units)
-        "Scores that can be compared between classes; higher where a unit means more to its class than to others."
+        "Scores per kernel that can be compared between classes; higher where a unit means more to its class than to others."
         scores = self.scores / self.scores.sum(1, keepdim=True).clamp_min(1e-30)
-        return scores * (scores / scores.mean(0).clamp_min(1e-30))**separation
+        return scores * (scores / scores.mean(0).clamp_min(1e-30))**separation / self.kernels
 
     @property
     def krr(self) -> Tensor: return (self.gates * self.kernels).sum() / (len(self.gates) * self.kernels.sum())
 
-# %% ../nbs/05_methods.ipynb #a650b987
+# %% ../nbs/05_methods.ipynb #0cfbe8c8
 @dataclass(frozen=True)
 class Composable:
     "Class gates and random target sets: modules that work as they are cut."
@@ -167,18 +167,18 @@ class Composable:
         check_range('end', self.end, self.start, 1)
         if self.memory == 1: raise ValueError(f"memory must be a number at least 0 and below 1, not {self.memory!r}")
 
-    def gates(self, n_classes: int, kernels: Tensor, groups: Tensor) -> ClassGates:
-        "Gates for all units of a network."
-        return ClassGates(n_classes, kernels, groups)
-
     def share(self, progress: float) -> float:
         "The share of kernels that gates leave open at some point of the run (both in [0, 1])."
         left = min(1., max(0., (self.end - progress) / max(self.end - self.start, 1e-9)))
         return self.target_krr + (1 - self.target_krr) * left**3
 
+    def targets(self, labels: Tensor, n_classes: int, progress: float) -> Tensor:
+        "Target sets for a batch of labels, (batch, classes) boolean."
+        return draw_targets(labels, n_classes, 1 - (1 - self.full) * progress)
+
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss of a batch, and its parts for the log: detached scalars."
-        targets = draw_targets(labels, model.n_classes, 1 - (1 - self.full) * progress)
+        targets = self.targets(labels, model.n_classes, progress)
         model.gates.learning = progress <= self.end
         loss, parts = cross_entropy(model(images, targets).float().masked_fill(~targets, float('-inf')), labels)
         return loss, parts | dict(krr=model.gates.krr)

@@ -16,4 +16,4 @@ def test_quality(tmp_path):
     assert plain['method'] == 'plain' and modular['method'] == 'composable' and modular['accuracy_10'] == modular['full']
     assert 0 < modular['params_2'] < modular['params_5'] < modular['params_10'] < 1
     said = subprocess.run([*words, 'table', '--results', str(results)], check=True, capture_output=True, text=True).stdout
-    assert said.count('\n') == 4 and '| simcnn:0.05 | 1 | composable | 1 |' in said
+    assert said.count('\n') == 4 and '| simcnn:0.05 | 1 | 128 | composable | 1 |' in said
