@@ -6,7 +6,7 @@ from networks import calibrate, lively, random_parts
 from torch import nn
 from torch.nn import functional as F
 from mwt.channels import map_channels
-from mwt.convert import fixed_masks, mask_table, modularize, plain
+from mwt.convert import fixed_masks, mask_table, modularize, places, plain, shrunk
 from mwt.decompose import decompose, union_masks
 from mwt.extract import extract, load_module, save_module
 from mwt.training import training_loss
@@ -68,6 +68,28 @@ def test_family(name, method, tmp_path):
     module, slim = check_exact(model, [7, 2], x, tmp_path/'module.safetensors')
     exported = torch.export.export(module, (x.double(),)).module()
     with torch.no_grad(): assert torch.allclose(exported(x.double()), slim, rtol=1e-9)
+
+
+def check_shrunk(net, x, n, multiple):
+    "Without closed kernels a model computes the same, and learns the same."
+    model = modularize(lively(net), n, example_input=x).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    model.gates.gates.copy_(torch.rand(model.gates.gates.shape, generator=generator) < .05)
+    for group in model.gates.groups.unique(): model.gates.gates[0, (model.gates.groups == group).nonzero()[0, 0]] = 1       # at least one
+    small, where, targets = shrunk(model, multiple), places(model, multiple), torch.rand(len(x), n, generator=generator) < .5
+    answers = [m(x.double(), targets) for m in (model, small)]
+    assert torch.allclose(*answers, rtol=1e-9) and answers[0].std() > 0
+    for a in answers: a.square().sum().backward()
+    grads, dense = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (small, model))
+    assert grads.keys() == dense.keys() and sum(g.numel() for g in grads.values()) < sum(g.numel() for g in dense.values())
+    for name, grad in grads.items(): assert torch.allclose(grad.flatten(), dense[name].flatten()[where[name]], atol=1e-9 * (1 + grad.abs().max().item())), name
+    assert all(len(at.unique()) == len(at) for at in where.values())
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'mobilenet_v2', 'shufflenet_v2_x0_5', 'regnet_y_400mf'])
+def test_training_without_closed_kernels(name):
+    side = FAMILIES[name]
+    check_shrunk(family(name), torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)), 10, 8)
 
 
 class Block(nn.Module):

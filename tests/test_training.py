@@ -21,7 +21,7 @@ from mwt.extract import extract
 from mwt.methods import ClassGates, Composable, draw_targets, open_gates
 from mwt.metrics import evaluate
 from mwt.models import create_model
-from mwt.training import TrainConfig, fit, load_checkpoint, lr_factor, make_config, save_checkpoint, train_epoch, training_loss
+from mwt.training import TrainConfig, Trainer, fit, load_checkpoint, lr_factor, make_config, save_checkpoint, train_epoch, training_loss
 
 
 @pytest.fixture(scope='module')
@@ -241,10 +241,9 @@ class Watch(TorchDispatchMode):
 
 def step_calls(model: nn.Module, batches: Batches) -> Counter[str]:
     "The operations of one epoch, whose first batch has been seen before."
-    optimizer, scheduler = mwt.training._optimizer(model, TrainConfig(), 10)
-    bar = progress(range(100), show=False)
-    train_epoch(model, batches, optimizer, scheduler, True, bar)
-    with Watch() as watch: means = train_epoch(model, batches, optimizer, scheduler, True, bar)
+    run, bar = Trainer(model, TrainConfig(amp=True), 100), progress(range(100), show=False)
+    train_epoch(run, batches, bar)
+    with Watch() as watch: means = train_epoch(run, batches, bar)
     assert all(isinstance(v, Tensor) and v.ndim == 0 and not v.requires_grad for v in means.values())
     return watch.calls
 
@@ -282,14 +281,13 @@ def test_step_does_not_grow_with_samples_or_classes(method: str) -> None:
 @every_kind
 def test_step_never_waits_on_a_gpu(modular: bool | str, data: ImageData) -> None:
     model, batches = network('resnet18', modular).to('cuda', memory_format=torch.channels_last), data.train.to('cuda')
-    optimizer, scheduler = mwt.training._optimizer(model, TrainConfig(), 10)
-    bar = progress(range(100), show=False)
-    train_epoch(model, batches, optimizer, scheduler, True, bar)
+    run, bar = Trainer(model, TrainConfig(amp=True), 100), progress(range(100), show=False)
+    train_epoch(run, batches, bar)
     plan = batches._plan(1)                 # the epoch's order comes from the host, once
     batches._plan = lambda epoch: plan
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
-    try: train_epoch(model, batches, optimizer, scheduler, True, bar)
+    try: train_epoch(run, batches, bar)
     finally: torch.cuda.set_sync_debug_mode('default')
 
 

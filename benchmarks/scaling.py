@@ -1,0 +1,162 @@
+"""How does the cost of a training step grow? Plain, composable and mwt, against classes, kernels, batch and depth.
+
+    python benchmarks/scaling.py            # thin networks on a CPU, about four minutes on two cores; full width on CUDA
+    python benchmarks/scaling.py --quick
+
+A step is that of `fit`: forward, loss, backward, optimizer, and what the method learns from the gradients; on random images that
+are on the device already. At every point the three are timed in turns; `ratio` is the step over plain's at that point. `growth` is
+the step over the same method's at the axis' first point, timed in turns too, on the axis of classes.
+
+Beside each time stands what there is to do:
+- `flops`: of forward and backward, counted by PyTorch;
+- `params`, `saved`: bytes of the parameters, and of all other tensors that forward keeps for backward, each storage once;
+- `bytes`: what must move at least: parameters 8 times (read forward and backward; gradients written, then read by the optimizer;
+  momentum and parameters read and written), kept tensors twice (written, read);
+- `peak`: bytes allocated at most during the step (CUDA only);
+and what the machine can do, measured in the same run: `peak_flops` of a large matrix product in the step's dtype,
+`bandwidth` of a large copy (bytes read and written). `limit` is the longer of the two times that follow, in seconds.
+Rows go to results/scaling.jsonl.
+"""
+from __future__ import annotations
+from collections.abc import Callable, Iterator
+from typing import Any
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from bench import arguments, keep, parse, side_by_side
+from mwt.convert import ModularModel, modularize
+from mwt.core import seeded
+from mwt.models import conv_block, create_model, init_convs
+from mwt.training import TrainConfig, training_loss
+
+METHODS = ('plain', 'composable', 'mwt')
+PROGRESS = 0.3      # share of the run that is done: composable's gates are closing, and most samples have sets of their own
+SIZES: dict[str, dict[str, Any]] = {
+    'quick': dict(width=.1, batch=16, channels=8, blocks=4, rounds=3, product=512, copy=2**22,
+                  axes=dict(classes=(10, 100), width=(.1, .2), batch=(16, 32), depth=(4, 8))),
+    'cpu': dict(width=.25, batch=128, channels=32, blocks=8, rounds=9, product=2048, copy=2**26,
+                axes=dict(classes=(10, 100, 1000), width=(.125, .25, .375, .5), batch=(32, 64, 128, 256), depth=(4, 8, 16, 32))),
+    'cuda': dict(width=1., batch=512, channels=256, blocks=16, rounds=25, product=8192, copy=2**30,
+                 axes=dict(classes=(10, 100, 1000), width=(.25, .5, 1., 2.), batch=(128, 256, 512, 1024, 2048), depth=(8, 16, 32, 64)))}
+
+
+class Chain(nn.Sequential):
+    "Convolutions of one size in a row, at half the image's resolution."
+    def __init__(self, num_classes: int, channels: int, blocks: int) -> None:
+        super().__init__(conv_block(3, channels, stride=2), *(conv_block(channels, channels) for _ in range(blocks - 1)),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+        init_convs(self)
+
+
+class Step:
+    "A network with everything that a training step needs; call it to make one."
+    def __init__(self, method: str, size: dict[str, Any], device: torch.device, amp: bool) -> None:
+        with seeded(0):
+            net = (Chain(size['classes'], size['channels'], size['depth']) if 'depth' in size else
+                   create_model('simcnn', size['classes'], size['width']))
+            images = torch.randn(size['batch'], 3, 32, 32)
+            self.labels = torch.randint(size['classes'], (size['batch'],)).to(device)
+        model = net if method == 'plain' else modularize(net, size['classes'], method, images[:1])
+        self.kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
+        self.model, self.amp = model.to(device, memory_format=torch.channels_last).train(), amp
+        self.images = images.to(device, memory_format=torch.channels_last)
+        config = TrainConfig()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=config.momentum, nesterov=True, fused=True)
+
+    def backward(self) -> None:
+        "Forward, loss and backward."
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.amp):
+            loss, _ = training_loss(self.model, self.images, self.labels, PROGRESS)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+    def __call__(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        if isinstance(self.model, ModularModel): self.model.method.learn(self.model, self.labels, PROGRESS)
+
+
+def storage(t: Tensor) -> tuple[int, int]: return t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
+
+
+def work(step: Step) -> dict[str, float]:
+    "What there is to do in a step: FLOPs, bytes."
+    weights = dict(storage(t) for t in step.model.state_dict().values())
+    alive, found = [], {}
+    def pack(t: Tensor) -> Tensor:
+        alive.append(t)             # so that no later tensor takes its place
+        if t.untyped_storage().nbytes(): found.update([storage(t)])
+        return t
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): step.backward()
+    params = sum(p.nbytes for p in step.model.parameters())
+    saved = sum(n for at, n in found.items() if at not in weights)
+    return dict(flops=counter.get_total_flops(), params=params, saved=saved, bytes=8 * params + 2 * saved)
+
+
+def peak(step: Step) -> int | None:
+    "Bytes that are allocated at most during a step; other networks' are not there."
+    device = step.images.device
+    if device.type != 'cuda': return None
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device)
+
+
+def machine(device: torch.device, dtype: torch.dtype, product: int, copy: int) -> dict[str, float]:
+    "FLOP/s of a matrix product (product x product), bytes/s of a copy of so many bytes; upper quartiles."
+    a, b = (torch.randn(product, product, device=device, dtype=dtype) for _ in range(2))
+    source, target = (torch.zeros(copy, dtype=torch.uint8, device=device) for _ in range(2))
+    found = side_by_side({'product': lambda: torch.mm(a, b), 'copy': lambda: target.copy_(source)}, device, rounds=9)
+    return dict(peak_flops=2 * product**3 / found['product']['low'], bandwidth=2 * copy / found['copy']['low'])
+
+
+def points(sizes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    "Along each axis, everything else at its usual size."
+    usual = dict(classes=10, width=sizes['width'], batch=sizes['batch'])
+    for axis, values in sizes['axes'].items():
+        for value in values:
+            chain = dict(classes=10, batch=sizes['batch'], channels=sizes['channels']) if axis == 'depth' else usual
+            yield axis, chain | {axis: value}
+
+
+def measure(axis: str, size: dict[str, Any], make: Callable[..., Step], facts: dict[str, float], rounds: int) -> list[dict[str, Any]]:
+    "Three rows: each method at one point."
+    about = {}
+    for method in METHODS:          # one after the other, so that the peak is that of one network
+        step = make(method, size)
+        about[method] = dict(kernels=step.kernels, peak=peak(step)) | work(step)
+        del step
+    steps = {method: make(method, size) for method in METHODS}
+    rows = []
+    for method, times in side_by_side(steps, steps['plain'].images.device, rounds, warmup=2).items():
+        limit = max(about[method]['flops'] / facts['peak_flops'], about[method]['bytes'] / facts['bandwidth'])
+        rows.append(dict(axis=axis, value=size[axis], method=method) | times | about[method] | facts |
+                    dict(achieved=about[method]['flops'] / times['seconds'], limit=limit, of_limit=limit / times['seconds']) |
+                    {k: size.get(k) for k in ('classes', 'width', 'batch', 'depth')})
+    return rows
+
+
+def growth(sizes: dict[str, Any], make: Callable[..., Step], device: torch.device) -> dict[tuple[str, int], float]:
+    "Each method's step with more classes over its step with the fewest, in turns."
+    along, found = [size for axis, size in points(sizes) if axis == 'classes'], {}
+    for method in METHODS:
+        steps = {size['classes']: make(method, size) for size in along}
+        found |= {(method, n): times['ratio'] for n, times in side_by_side(steps, device, 2 * sizes['rounds'], warmup=2).items()}
+    return found
+
+
+def main() -> None:
+    p = arguments(__doc__)
+    p.add_argument('--amp', choices=('auto', 'yes', 'no'), default='auto', help='bfloat16; auto: as fit, on CUDA only')
+    a = parse(p)
+    sizes, amp = SIZES['quick' if a.quick else a.device.type], a.device.type == 'cuda' if a.amp == 'auto' else a.amp == 'yes'
+    dtype = torch.bfloat16 if amp else torch.float32
+    facts = dict(dtype=str(dtype).removeprefix('torch.'), **machine(a.device, dtype, sizes['product'], sizes['copy']))
+    make = lambda method, size: Step(method, size, a.device, amp)
+    rows = [row for axis, size in points(sizes) for row in measure(axis, size, make, facts, sizes['rounds'])]
+    grown = growth(sizes, make, a.device)
+    keep('scaling', [row | dict(growth=grown.get((row['method'], row['classes'])) if row['axis'] == 'classes' else None) for row in rows], a)
+
+
+if __name__ == '__main__': main()
