@@ -37,9 +37,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['plain', 'composable'], epochs=10, batch=64, fives=20),
     'quick': dict(networks=['simcnn:0.1'], methods=['plain', 'composable'], epochs=1, batch=128, fives=2),
     'mwt': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['mwt'], epochs=10, batch=64, fives=20),
-    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=64, fives=20, methods=['plain', 'composable', 'composable,full=1', 'composable,full=0',
-        'uniform', 'distilled', 'both', 'composable,separation=0', 'composable,separation=3', 'composable,end=0.9,start=0.5', 'composable,memory=0.9',
-        'plain,weight_decay=0', 'composable,weight_decay=0']),
+    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=64, fives=20, methods=['plain', 'composable', 'composable,twice=0', 'composable,twice=0,full=1',
+        'composable,twice=0,full=0', 'uniform,twice=0', 'distilled,twice=0', 'both,twice=0', 'composable,twice=0,separation=0', 'composable,twice=0,separation=3',
+        'composable,twice=0,end=0.9,start=0.5', 'composable,twice=0,memory=0.9', 'plain,weight_decay=0', 'composable,twice=0,weight_decay=0']),
     'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'], methods=['plain', 'composable', 'mwt'], epochs=200, batch=512, fives=20)}
 
 
@@ -48,7 +48,7 @@ class Uniform(Composable):
     "For the ablation: sizes of target sets are equally likely."
     def targets(self, labels: torch.Tensor, n_classes: int, progress: float) -> torch.Tensor:
         size = torch.randint(2, n_classes + 1, labels.shape, device=labels.device)
-        size = size.where(torch.rand_like(size, dtype=torch.float) >= 1 - (1 - self.full) * progress, n_classes)
+        if not (self.twice and self.settled(progress)): size = size.where(torch.rand_like(size, dtype=torch.float) >= 1 - (1 - self.full) * progress, n_classes)
         lot = torch.rand(len(labels), n_classes, device=labels.device).scatter(1, labels[:, None], -1.)
         return lot.argsort(1).argsort(1) < size[:, None]
 
@@ -59,7 +59,7 @@ class Distilled(Composable):
     def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with torch.no_grad(), evaluating(model): teacher = model(images).float()
         targets = self.targets(labels, model.n_classes, progress)
-        model.gates.learning = progress <= self.end
+        model.gates.learning = not self.settled(progress)
         logits = model(images, targets).float().masked_fill(~targets, -1e4)
         soft = F.cross_entropy(logits, teacher.masked_fill(~targets, -1e4).softmax(1), reduction='none')
         hard = F.cross_entropy(logits, labels, reduction='none')
@@ -73,7 +73,7 @@ class Both(Composable):
     def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         small = draw_targets(labels, model.n_classes, 0)
         targets, twice = torch.cat([torch.ones_like(small), small]), torch.cat([images, images]).contiguous(memory_format=torch.channels_last)
-        model.gates.learning = progress <= self.end
+        model.gates.learning = not self.settled(progress)
         loss = F.cross_entropy(model(twice, targets).float().masked_fill(~targets, -1e4), torch.cat([labels, labels]))
         return 2 * loss, dict(cross_entropy=loss.detach())
 
@@ -88,7 +88,7 @@ def settings_of(method: str) -> tuple[Any, dict[str, Any]]:
     "A method, or `None` for a plain network, and changes to the recipe: from `plain`, `mwt`, `composable,full=0.5`, `plain,weight_decay=0`."
     name, *changes = method.split(',')
     if name != 'plain' and name not in VARIANTS: raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(VARIANTS)}")
-    given = {k: float(v) for k, v in (c.split('=') for c in changes)}
+    given = {k: bool(float(v)) if k == 'twice' else float(v) for k, v in (c.split('=') for c in changes)}
     recipe = {k: given.pop(k) for k in [f.name for f in fields(TrainConfig)] if k in given}
     return (VARIANTS[name](**given) if name != 'plain' else None), RECIPE | recipe
 

@@ -148,7 +148,7 @@ class ClassGates(nn.Module):
     @property
     def krr(self) -> Tensor: return (self.gates * self.kernels).sum() / (len(self.gates) * self.kernels.sum())
 
-# %% ../nbs/05_methods.ipynb #315559fe
+# %% ../nbs/05_methods.ipynb #21141716
 @dataclass(frozen=True)
 class Composable:
     "Class gates and random target sets: modules that work as they are cut."
@@ -158,6 +158,7 @@ class Composable:
     start: float = 0.1          # share of the run after which gates begin to close, 0 to 1
     end: float = 0.5            # share of the run after which they stand still, at least `start`
     memory: float = 0.995       # of the running mean of squared gradients, 0 to below 1
+    twice: bool = True          # once gates stand still, each image trains the full model and a target set, not one of the two
     skip_first: bool = False    # leave the first convolution unmasked
     tied = True                 # kernels that hang together share a mask
 
@@ -166,6 +167,7 @@ class Composable:
         check_range('separation', self.separation, 0)
         for name in ('full', 'start', 'memory'): check_range(name, getattr(self, name), 0, 1)
         check_range('end', self.end, self.start, 1)
+        if not isinstance(self.twice, bool): raise TypeError(f"twice must be True or False, not {self.twice!r}")
         if self.memory == 1: raise ValueError(f"memory must be a number at least 0 and below 1, not {self.memory!r}")
 
     def share(self, progress: float) -> float:
@@ -175,14 +177,17 @@ class Composable:
 
     def targets(self, labels: Tensor, n_classes: int, progress: float) -> Tensor:
         "Target sets for a batch of labels, (batch, classes) boolean."
-        return draw_targets(labels, n_classes, 1 - (1 - self.full) * progress)
+        return draw_targets(labels, n_classes, 0. if self.twice and self.settled(progress) else 1 - (1 - self.full) * progress)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss of a batch, and its parts for the log: detached scalars."
         targets = own_rows(self.targets(global_rows(labels), model.n_classes, progress))
-        model.gates.learning = progress <= self.end
+        model.gates.learning, roles = not self.settled(progress), 1
+        if self.twice and self.settled(progress):
+            targets, roles = torch.cat([torch.ones_like(targets), targets]), 2
+            images, labels = torch.cat([images, images]).contiguous(memory_format=torch.channels_last), torch.cat([labels, labels])
         loss, parts = cross_entropy(model(images, targets).float().masked_fill(~targets, float('-inf')), labels)
-        return loss, parts | dict(krr=model.gates.krr)
+        return roles * loss, parts | dict(krr=model.gates.krr)
 
     def learn(self, model: nn.Module, labels: Tensor, progress: float) -> None:
         "Take in the gradient of a step and set the gates; called after each backward pass."
@@ -192,8 +197,8 @@ class Composable:
         gates.gates.copy_(open_gates(gates.relative(self.separation), gates.kernels, gates.groups, self.share(progress)))
 
     def settled(self, progress: float) -> bool:
-        "Can the model be judged by now? Not before its gates stand still."
-        return progress >= self.end
+        "Do the gates stand still by now? Only then can the model be judged."
+        return progress >= self.end and progress > 0
 
 # %% ../nbs/05_methods.ipynb #349686a6
 METHODS: dict[str, type] = dict(composable=Composable, mwt=MwT)

@@ -203,7 +203,7 @@ class GlobalNorms(TorchFunctionMode):
             if bound.get('training', False): return global_batch_norm(**bound)
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/09_training.ipynb #90e591e4
+# %% ../nbs/09_training.ipynb #401839c1
 class _Loss(nn.Module):
     "The loss as a layer, for `DistributedDataParallel` to wrap."
     def __init__(self, model: nn.Module) -> None:
@@ -225,15 +225,15 @@ class Trainer:
         self.device = device_of(model)
         self.amp = self.device.type == 'cuda' if config.amp is None else config.amp
         self.where: dict[str, Tensor] = {}      # weight of a smaller `net` -> where its elements stand in the model
+        self.closing = isinstance(model, ModularModel) and model.gates is not None      # gates still move
         self.optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
                                          nesterov=config.momentum > 0, fused=True)
         self._train(model)
-        if isinstance(model, ModularModel) and model.gates is not None: model.gates.learning = True
 
     @property
     def progress(self) -> float: return self.done / self.steps      # share of the run that is done
 
-# %% ../nbs/09_training.ipynb #8c257925
+# %% ../nbs/09_training.ipynb #3f6c5c48
 @patch
 def _train(self: Trainer, net: nn.Module) -> None:
     "Take a network: the model, or a smaller one in its place."
@@ -249,6 +249,7 @@ def step(self: Trainer,
     labels: Tensor, # (batch,), integers from 0
 ) -> dict[str, Tensor]: # the loss and its parts: detached scalars
     "Learn a batch, without waiting for the device."
+    if self.closing and self.model.method.settled(self.progress): self.shrink()
     for group in self.optimizer.param_groups: group['lr'] = self.config.lr * lr_factor(self.done, self.steps, self.config.warmup)
     with ExitStack() as stack:
         if world()[1] > 1: stack.enter_context(GlobalNorms())
@@ -261,11 +262,12 @@ def step(self: Trainer,
     if isinstance(self.net, ModularModel): self.net.method.learn(self.net, labels, self.progress)
     return parts | dict(loss=loss.detach())
 
-# %% ../nbs/09_training.ipynb #84855856
+# %% ../nbs/09_training.ipynb #478e823e
 @patch
 @torch.no_grad()
 def shrink(self: Trainer) -> None:
-    "Train without the kernels that no class opens from here on."
+    "Train without the kernels that no class opens from here on. Once in a run."
+    self.closing, training = False, self.model.training
     small, where = shrunk(self.model), {k: at.to(self.device) for k, at in places(self.model).items()}
     small.to(memory_format=torch.channels_last)
     x = torch.randn(2, *self.model.input_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -279,7 +281,7 @@ def shrink(self: Trainer) -> None:
     for p in old.values(): state.pop(p, None)
     self.optimizer.param_groups[0]['params'] = list(small.parameters())
     self.where = where
-    self._train(small)
+    self._train(small.train(training))
 
 def _spread(values: Tensor, at: Tensor, over: Tensor) -> Tensor:
     "A copy of `over` with some elements replaced."
@@ -294,15 +296,13 @@ def write_back(self: Trainer) -> None:
     small, whole = self.net.state_dict(), self.model.state_dict()
     for name, at in self.where.items(): whole[name].copy_(_spread(small[name], at, whole[name]))
 
-# %% ../nbs/09_training.ipynb #7e8af7ba
+# %% ../nbs/09_training.ipynb #fe43908e
 def train_epoch(
     run: Trainer, # moved on by an epoch
     batches: Batches, # training images
     bar: Any, # a progress bar that counts the steps of the run
 ) -> dict[str, Tensor]: # means over the epoch, scalars on the device
     "Train on every batch once, without waiting for the device."
-    gates = run.model.gates if isinstance(run.model, ModularModel) else None
-    if gates is not None and not run.where and not gates.learning: run.shrink()
     run.net.train()
     total: dict[str, Tensor] = {}
     for images, labels in batches:
@@ -368,13 +368,13 @@ def _own_share(data: ImageData) -> ImageData:
     "The part of the data that this process works on."
     return ImageData(*[batches.shard(*world()) for batches in data.parts().values()])
 
-# %% ../nbs/09_training.ipynb #bc0a7e59
+# %% ../nbs/09_training.ipynb #30acf73a
 def _fit(model: nn.Module, data: ImageData, epochs: int, config: TrainConfig, seed: int, checkpoint: str | Path | None,
          resume: str | Path | None, compile: bool | str, show: bool) -> History:
     steps = epochs * len(data.train)
     if compile == 'auto': compile = data.device.type == 'cuda' and world()[1] == 1 and steps >= COMPILE_FROM
     run, history, best = Trainer(model, config, steps, compile), History(), {}
-    words = _settings(model, data, epochs, config, seed)
+    words = _settings(model, data, epochs, config, seed) if resume is not None else {}
     if resume is not None and Path(resume).exists(): history, best = _take_up(run, resume, words)
     first = not world()[0]
     data.train.seed(seed, len(history.rows))

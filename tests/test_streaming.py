@@ -42,7 +42,7 @@ def streamed(sample: Path) -> ImageData: return photos(sample, streaming=True)
 def no_process_stays() -> Iterator[None]:
     "Workers end with the epoch that they were started for, also with one that is left early or fails."
     yield
-    gc.collect()
+    if multiprocessing.active_children(): gc.collect()      # an error holds on to the frames that it passed
     assert not multiprocessing.active_children()
 
 
@@ -110,11 +110,13 @@ def test_facts_and_pictures(resident: ImageData, streamed: ImageData) -> None:
 
 
 def test_training_and_judging(resident: ImageData, streamed: ImageData) -> None:
-    def trained(data: ImageData) -> tuple[list[float], float]:
+    def trained(data: ImageData) -> tuple[dict[str, torch.Tensor], float]:
         data = ImageData(data.train.sample(300), data.valid, data.test.sample(100))
         with seeded(0): model = create_model('simcnn', 10, .1)
-        return fit(model, data, 1, device='cpu', show=False).series('train_loss'), evaluate(model, data.test)
-    assert trained(resident) == trained(streamed)
+        fit(model, data, 1, device='cpu', show=False)
+        return model.state_dict(), evaluate(model, data.test)
+    (weights, accuracy), (found, found_accuracy) = trained(resident), trained(streamed)
+    assert accuracy == found_accuracy and all(torch.equal(weights[k], found[k]) for k in weights)
 
 
 def test_a_copy_goes_on_alike(streamed: ImageData) -> None:
@@ -322,7 +324,8 @@ def test_shares_in_order(n: int, batch_size: int, world: int, varied: bool) -> N
 def test_shares_of_streamed_batches(resident: ImageData, streamed: ImageData) -> None:
     for batches in streamed.train.seed(2), streamed.train.sample(99): check_share_of_each_batch(batches, 2)
     for batches in streamed.test, streamed.train.plain(): check_share_of_all(batches, 2)
-    for part, share in streamed.shard(1, 2).parts().items(): assert same(epoch(share), epoch(resident.shard(1, 2).parts()[part]))
+    found, whole = (data.shard(1, 2).parts() for data in (streamed, resident))
+    for part in found: assert same(epoch(found[part].seed(3)), epoch(whole[part].seed(3)))
 
 
 def test_one_process_shares_with_nobody(resident: ImageData) -> None:

@@ -356,7 +356,7 @@ def test_gates_scale_with_classes() -> None:
             method.learn(SimpleNamespace(gates=gates), labels, .3)
         return sizes
     small, large = step(10, 500, 16), step(1000, 5000, 64)
-    assert small.calls == large.calls and large.largest <= 1000 * 5000
+    assert small.calls == large.calls and large.largest <= 1000 * (5000 + 1)         # one column counts the samples
 
 
 @settings(max_examples=50, deadline=None)
