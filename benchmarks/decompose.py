@@ -1,6 +1,6 @@
 """What does taking a network apart cost? The memory of `decompose`, and the time of exact cohesion.
 
-    python benchmarks/decompose.py              # about three minutes on two cores
+    python benchmarks/decompose.py              # about two minutes on two cores
     python benchmarks/decompose.py --quick
 
 Memory: `decompose` of a thin SimCNN (method mwt) over n and 10 n random images, median of three runs, each in a process of its

@@ -1,6 +1,6 @@
 """What do the two losses of MwT cost? Forward and backward of `mask_losses`, against looking at all pairs.
 
-    python benchmarks/losses.py             # batch 512, 4,800 kernels in 13 layers, 10 classes: about a minute on two cores
+    python benchmarks/losses.py             # batch 512, 4,800 kernels in 13 layers, 10 classes: some seconds
     python benchmarks/losses.py --quick     # a small batch
 
 Three forms of the same two numbers, which are checked to agree in values and gradients before they are timed:

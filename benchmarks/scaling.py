@@ -1,11 +1,12 @@
 """How does the cost of a training step grow? Plain, composable and mwt, against classes, kernels, batch and depth.
 
-    python benchmarks/scaling.py            # thin networks on a CPU, about four minutes on two cores; full width on CUDA
+    python benchmarks/scaling.py            # thin networks on a CPU, about three minutes on two cores; full width on CUDA
     python benchmarks/scaling.py --quick
 
 A step is that of `fit`: forward, loss, backward, optimizer, and what the method learns from the gradients; on random images that
-are on the device already. At every point the three are timed in turns; `ratio` is the step over plain's at that point. `growth` is
-the step over the same method's at the axis' first point, timed in turns too, on the axis of classes.
+are on the device already. Composable is caught while its gates close, when it has most to do besides computing. At every point
+the three are timed in turns; `ratio` is the step over plain's at that point. `growth` is the step over the same method's at the
+axis' first point, timed in turns too, on the axis of classes.
 
 Beside each time stands what there is to do:
 - `flops`: of forward and backward, counted by PyTorch;

@@ -88,7 +88,7 @@ def input_channels(
     except (ValueError, StopIteration): first = next(iter(convs))                                           # need not be that of registration
     return convs[first].in_channels
 
-# %% ../nbs/06_channels.ipynb #f7333338
+# %% ../nbs/06_channels.ipynb #8b9b15ba
 SIZES = (32, 64, 128, 224, 299)     # pixels, from CIFAR to Inception
 
 def find_example(
@@ -97,7 +97,7 @@ def find_example(
 ) -> Tensor: # (2, channels, height, width) on the network's device, random but always the same
     "An input that the network accepts. Raises `ValueError` where none is found."
     errors = []
-    shapes = [(input_channels(model), s, s) for s in SIZES] if example_input is None else [tuple(example_input.shape[1:])]
+    shapes = [tuple(example_input.shape[1:])] if example_input is not None else [(n, s, s) for n in [input_channels(model)] for s in SIZES]
     for shape in shapes:
         x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(model))
         try:
@@ -186,7 +186,7 @@ MOVES: dict[Any, Callable] = {f: f for f in (           # the same numbers in an
 JOINS = {torch.cat: torch.cat, torch.concat: torch.cat, torch.stack: torch.stack}
 SUMS = {torch.mean, torch.sum, torch.amax, 'mean', 'sum', 'amax'}
 
-# %% ../nbs/06_channels.ipynb #be421989
+# %% ../nbs/06_channels.ipynb #f6d71062
 @dataclass
 class Layer:
     "A layer with parameters along its channels, and the numbers of these channels."
@@ -203,7 +203,7 @@ class Walk:
         example: Tensor, # an input that it accepts
     ) -> None:
         self.graph, self.ends = _traced(model)
-        self.model = deepcopy(model).eval().to('meta')
+        self.model = deepcopy(model, {id(t): t.detach().to('meta') for t in (*model.parameters(), *model.buffers())}).eval()   # without the weights
         self.parts = dict(self.model.named_modules())
         self.ties, self.layers = Ties(), {}                     # layers: path -> Layer
         self.tensors: dict[str, Tensor] = {}                    # path of a parameter used by itself -> its numbers

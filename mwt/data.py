@@ -341,7 +341,7 @@ def __iter__(self: Batches) -> Iterator[tuple[Tensor, Tensor]]: # images (batch,
         images, labels = self._batch(rows, raw)
         yield self.normalise(images), labels
 
-# %% ../nbs/01_data.ipynb #d642ccbe
+# %% ../nbs/01_data.ipynb #6b51f633
 @patch
 def shard(self: Batches,
     rank: int, # of this process, in [0, world)
@@ -357,6 +357,11 @@ def shard(self: Batches,
     mine = copy(self)
     mine._share = rank, world
     return mine
+
+@patch(as_prop=True)
+def shared(self: Batches) -> bool:
+    "Are these the batches of one process among several?"
+    return self._share[1] > 1
 
 # %% ../nbs/01_data.ipynb #7e9f9c87
 @patch
@@ -854,7 +859,7 @@ def _free_memory(device: torch.device) -> float: # bytes
     host = _host_memory() / _local_world()
     return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == 'cuda' else host
 
-# %% ../nbs/01_data.ipynb #dc586218
+# %% ../nbs/01_data.ipynb #0e40767b
 def _why_stream(
     paths: Sequence[Path], # all images
     size: int | None, # height and width they will get
@@ -864,7 +869,7 @@ def _why_stream(
     "The reason for leaving images in their files."
     if streaming is not None: return 'as asked' if streaming else ''
     need, free = len(paths) * read_image(paths[0], size).size, _free_memory(device)
-    return f'since decoded they take {_spell(need)}, more than half of the {_spell(free)} of memory that are free' if need > free / 2 else ''
+    return f'since decoded they take {_spell(need)}, more than half of the {_spell(free)} of memory that is free' if need > free / 2 else ''
 
 def _default_workers() -> int: return max(1, min(16, (os.cpu_count() or 1) // _local_world()))
 

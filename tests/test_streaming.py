@@ -165,7 +165,7 @@ def test_half_of_the_free_memory_decides(tmp_path: Path, monkeypatch: pytest.Mon
     free(2 * need - 1)
     data = photos(folder, progress=True, root=tmp_path/'none')
     assert isinstance(data.test.images, ImageFiles) and asked == [CPU, CPU] and not (tmp_path/'none').exists()
-    assert data.held == 'streamed to cpu by 2 workers, since decoded they take 3.84 kB, more than half of the 7.68 kB of memory that are free'
+    assert data.held == 'streamed to cpu by 2 workers, since decoded they take 3.84 kB, more than half of the 7.68 kB of memory that is free'
     said = capsys.readouterr().out
     assert said.count('\n') == 1 and 'more than half of the 7.68 kB' in said and 'streaming=False' in said
     assert isinstance(photos(folder, size=4).train.images, torch.Tensor)            # a quarter of the bytes

@@ -1,0 +1,98 @@
+"Several processes compute what one process with the whole batch computes; a lost one ends the run, which can be taken up."
+from __future__ import annotations
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+import torch
+from torch import Tensor
+from mwt.convert import modularize
+from mwt.core import load_tensors, seeded
+from mwt.data import ImageData, image_data
+from mwt.decompose import decompose
+from mwt.metrics import confusion
+from mwt.models import create_model
+from mwt.training import TrainConfig, Trainer, fit
+from mwt.losses import cohesion_loss, coupling_loss, mask_losses
+
+ALONE = dict(os.environ, OMP_NUM_THREADS='1')
+NETWORKS = {'plain': ('resnet18', None), 'composable': ('resnet18', 'composable'), 'mwt': ('simcnn', 'mwt')}
+
+
+def one_step(kind: str, share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+    "Losses, gradients, statistics and kernels after a step on one batch, then after a short run."
+    name, method = NETWORKS[kind]
+    data = image_data('digits', batch_size=32, device='cpu').shard(*share)
+    def model() -> torch.nn.Module:
+        net = create_model(name, width=.1, in_channels=1, seed=0)
+        return modularize(net, 10, method) if method else net
+    with seeded(0):
+        run = Trainer(model().train(), TrainConfig(), 40)
+        parts = run.step(*next(iter(data.train.seed(3))))
+    found = {f'loss {k}': v.double() for k, v in parts.items()}
+    found |= {f'gradient {n}': p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None} | {f'state {n}': v.clone() for n, v in run.model.state_dict().items()}
+    batches, trained = iter(data.train), model()
+    found |= {'confusion': confusion(run.model, data.test)}
+    kinds = decompose(run.model, data.train, samples=20, show=False) if method else None
+    with seeded(0):
+        for _ in range(5): run.step(*next(batches))
+    found |= {f'later {n}': v.clone() for n, v in run.model.state_dict().items()}
+    history = fit(trained, data, 2, show=False)
+    found |= {f'trained {n}': v for n, v in trained.state_dict().items()} | {'accuracies': torch.tensor([r['valid_accuracy'] for r in history.rows])}
+    if method is None: return found
+    return found | {'modules': kinds.modules.double(), 'frequency': kinds.frequency, 'cohesion': kinds.cohesion}
+
+
+def losses(share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+    "The losses over pairs, and their gradients, for masks that are spread over the processes; here with 24 samples of 5 classes."
+    generator = torch.Generator().manual_seed(0)
+    masks, labels = torch.rand(24, 12, generator=generator), torch.randint(5, (24,), generator=generator)
+    mine = masks.chunk(share[1])[share[0]].clone().requires_grad_()
+    own = labels.chunk(share[1])[share[0]]
+    known, unknown = mask_losses([mine[:, :5], mine[:, 5:]], own, 5), (cohesion_loss([mine[:, :5], mine[:, 5:]], own), coupling_loss([mine[:, :5], mine[:, 5:]], own))
+    (known[0] + 2 * known[1] + unknown[0] * unknown[1]).backward()
+    return dict(zip(('cohesion', 'coupling', 'cohesion again', 'coupling again'), (x.detach() for x in (*known, *unknown)))) | dict(gradient=mine.grad / share[1])
+
+
+def work(what: str, path: str) -> None:
+    "In one of the processes."
+    import torch.distributed as dist
+    dist.init_process_group('gloo')
+    share = dist.get_rank(), dist.get_world_size()
+    found = losses(share) if what == 'losses' else one_step(what, share)
+    torch.save(found, f'{path}.{share[0]}')
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def torchrun(*words: str, **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *words], text=True, env=ALONE,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def shared(what: str, folder: Path) -> list[dict[str, Tensor]]:
+    process = torchrun(__file__, what, str(folder/what))
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return [torch.load(folder/f'{what}.{rank}') for rank in range(2)]
+
+
+def test_losses_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    alone, (first, second) = losses(), shared('losses', tmp_path)
+    for name in list(alone)[:-1]: assert torch.equal(first[name], second[name]) and torch.allclose(first[name], alone[name], atol=1e-6)
+    assert torch.allclose(torch.cat([first['gradient'], second['gradient']]), alone['gradient'], atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', NETWORKS)
+def test_two_processes_are_as_one(kind: str, tmp_path: Path) -> None:
+    alone, (first, second) = one_step(kind), shared(kind, tmp_path)
+    assert alone.keys() == first.keys() == second.keys()
+    for name, value in alone.items():
+        if name.startswith('loss '):                        # a step's log is of its own process; their mean is that of the batch
+            assert torch.allclose((first[name] + second[name]) / 2, value, atol=1e-5), name
+            continue
+        assert torch.equal(first[name], second[name]), f'{name}: the processes differ'
+        if name.startswith(('trained', 'accuracies')): continue           # after a whole run rounding has grown
+        assert torch.allclose(first[name].double(), value.double(), atol=1e-3 if name.startswith('later') else 1e-5, rtol=1e-5), name
+
+
+if __name__ == '__main__': work(*sys.argv[1:])
