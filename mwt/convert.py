@@ -232,7 +232,7 @@ def mask_table(
 @patch
 def _repr_markdown_(self: ModularModel) -> str: return mask_table(self)._repr_markdown_()
 
-# %% ../nbs/07_convert.ipynb #4b0ea659
+# %% ../nbs/07_convert.ipynb #73d64b8f
 def _open_units(
     gates: ClassGates, # of a modular model
     multiple: int, # that the units of each group are rounded up to, where it has so many
@@ -241,7 +241,8 @@ def _open_units(
     groups, keep = gates.groups.cpu(), (gates.gates.amax(0) > 0).cpu()
     for group in groups.unique():
         at = (groups == group).nonzero()[:, 0]
-        keep[at[~keep[at]][:-int(keep[at].sum()) % multiple]] = True
+        n = int(keep[at].sum())
+        keep[at[~keep[at]][:-n % multiple if n else multiple]] = True       # a layer without any kernel would be none
     return torch.cat([keep, torch.tensor([True])])
 
 @torch.no_grad()

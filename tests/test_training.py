@@ -209,7 +209,8 @@ def test_history_is_whole(modular: bool | str, data: ImageData) -> None:
     for row in history.rows:
         assert all(math.isfinite(v) for v in row.values()) and 0 <= row['train_accuracy'] <= 1 and 0 <= row['valid_accuracy'] <= 1
         if modular == 'mwt': assert row['loss'] == pytest.approx(row['cross_entropy'] + .5 * row['cohesion_loss'] + 1.5 * row['coupling_loss'], rel=1e-5)
-        else: assert row['loss'] == row['cross_entropy']
+        else: assert row['cross_entropy'] <= row['loss'] * (1 + 1e-6) and row['loss'] <= 2 * row['cross_entropy'] * (1 + 1e-6)     # in two roles once gates stand still
+        if modular is False: assert row['loss'] == row['cross_entropy']
     assert len(history.table()) == 3 and 1 <= history.best_epoch <= 3
 
 
@@ -241,7 +242,7 @@ class Watch(TorchDispatchMode):
 
 def step_calls(model: nn.Module, batches: Batches) -> Counter[str]:
     "The operations of one epoch, whose first batch has been seen before."
-    run, bar = Trainer(model, TrainConfig(amp=True), 100), progress(range(100), show=False)
+    run, bar = Trainer(model, TrainConfig(amp=True), steps), progress(range(100), show=False)
     train_epoch(run, batches, bar)
     with Watch() as watch: means = train_epoch(run, batches, bar)
     assert all(isinstance(v, Tensor) and v.ndim == 0 and not v.requires_grad for v in means.values())
@@ -278,10 +279,11 @@ def test_step_does_not_grow_with_samples_or_classes(method: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('steps', [100, 20])         # gates still learn, gates stand still
 @every_kind
-def test_step_never_waits_on_a_gpu(modular: bool | str, data: ImageData) -> None:
+def test_step_never_waits_on_a_gpu(modular: bool | str, steps: int, data: ImageData) -> None:
     model, batches = network('resnet18', modular).to('cuda', memory_format=torch.channels_last), data.train.to('cuda')
-    run, bar = Trainer(model, TrainConfig(amp=True), 100), progress(range(100), show=False)
+    run, bar = Trainer(model, TrainConfig(amp=True), steps), progress(range(100), show=False)
     train_epoch(run, batches, bar)
     plan = batches._plan(1)                 # the epoch's order comes from the host, once
     batches._plan = lambda epoch: plan
