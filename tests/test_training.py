@@ -240,9 +240,11 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_calls(model: nn.Module, batches: Batches) -> Counter[str]:
-    "The operations of one epoch, whose first batch has been seen before."
-    run, bar = Trainer(model, TrainConfig(amp=True), steps), progress(range(100), show=False)
+EPOCHS = pytest.mark.parametrize('epochs', [10, 1.5], ids=['gates learn', 'gates stand still'])      # of the run; its second one is watched
+
+def step_calls(model: nn.Module, batches: Batches, epochs: float = 10) -> Counter[str]:
+    "The operations of an epoch, the second of a run."
+    run, bar = Trainer(model, TrainConfig(amp=True), int(epochs * len(batches))), progress(range(100), show=False)
     train_epoch(run, batches, bar)
     with Watch() as watch: means = train_epoch(run, batches, bar)
     assert all(isinstance(v, Tensor) and v.ndim == 0 and not v.requires_grad for v in means.values())
@@ -257,10 +259,11 @@ def random_batches(samples: int, n_classes: int, batch_size: int) -> Batches:
     return from_tensors(part, part, part, names, batch_size, device='cpu').train
 
 
+@EPOCHS
 @every_kind
 @pytest.mark.parametrize('name', ['simcnn', 'resnet18'])
-def test_step_never_waits(name: str, modular: bool | str, data: ImageData) -> None:
-    assert sum(step_calls(network(name, modular), data.train).values()) > 100
+def test_step_never_waits(name: str, modular: bool | str, epochs: float, data: ImageData) -> None:
+    assert sum(step_calls(network(name, modular), data.train, epochs).values()) > 100
 
 
 def test_watch_sees_what_it_should() -> None:
@@ -279,11 +282,11 @@ def test_step_does_not_grow_with_samples_or_classes(method: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-@pytest.mark.parametrize('steps', [100, 20])         # gates still learn, gates stand still
+@EPOCHS
 @every_kind
-def test_step_never_waits_on_a_gpu(modular: bool | str, steps: int, data: ImageData) -> None:
+def test_step_never_waits_on_a_gpu(modular: bool | str, epochs: float, data: ImageData) -> None:
     model, batches = network('resnet18', modular).to('cuda', memory_format=torch.channels_last), data.train.to('cuda')
-    run, bar = Trainer(model, TrainConfig(amp=True), steps), progress(range(100), show=False)
+    run, bar = Trainer(model, TrainConfig(amp=True), int(epochs * len(batches))), progress(range(100), show=False)
     train_epoch(run, batches, bar)
     plan = batches._plan(1)                 # the epoch's order comes from the host, once
     batches._plan = lambda epoch: plan
