@@ -18,9 +18,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['OWN_FILES', 'resolve_device', 'world', 'global_sum', 'global_rows', 'own_rows', 'seeded', 'nearest', 'check_choice',
-           'check_range', 'write_whole', 'save_tensors', 'load_tensors', 'run_folder', 'clear_run_', 'progress',
-           'Table', 'percent']
+__all__ = ['OWN_FILES', 'resolve_device', 'world', 'global_sum', 'global_rows', 'own_rows', 'processes', 'seeded', 'nearest',
+           'check_choice', 'check_range', 'write_whole', 'save_tensors', 'load_tensors', 'run_folder', 'clear_run_',
+           'progress', 'Table', 'percent']
 
 # %% ../nbs/00_core.ipynb #93e775e4
 def resolve_device(
@@ -74,6 +74,22 @@ def own_rows(
     "Of the rows of all processes those of this one."
     rank, n = world()
     return x.chunk(n)[rank]
+
+# %% ../nbs/00_core.ipynb #0da5e8b3
+@contextmanager
+def processes(
+    device: torch.device, # as `resolve_device` found it
+) -> Iterator[torch.device]: # what this process works on
+    "Work together with the others that torchrun started, if it did. Raises `ValueError` for more processes than GPUs."
+    if not dist.is_torchelastic_launched() or dist.is_initialized(): yield device; return
+    if device.type == 'cuda':
+        local, n = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if local >= n: raise ValueError(f"torchrun started process {local + 1} on a machine with {n} GPUs; say --nproc-per-node {n}, or --device cpu")
+        device = torch.device('cuda', local)
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    yield device
+    dist.destroy_process_group()        # not after an error: others may wait, and torchrun ends them
 
 # %% ../nbs/00_core.ipynb #577f34ad
 @contextmanager
@@ -205,8 +221,8 @@ def run_folder(
     out.mkdir(parents=True, exist_ok=True)
     return out
 
-# %% ../nbs/00_core.ipynb #ca54f265
-OWN_FILES = ('run.json', 'history.json', 'model.safetensors', 'parts.safetensors', 'metrics.json', 'report.html')
+# %% ../nbs/00_core.ipynb #84664d03
+OWN_FILES = ('run.json', 'history.json', 'resume.safetensors', 'model.safetensors', 'parts.safetensors', 'metrics.json', 'report.html')
 
 def clear_run_(
     out: Path, # the folder of a run

@@ -156,7 +156,7 @@ def _misfit(model: nn.Module, weights: Mapping[str, Tensor], about: Mapping[str,
         return f"it tells {model.n_classes} classes apart, the file {classes}"
     return ''
 
-# %% ../nbs/09_training.ipynb #f86d3d08
+# %% ../nbs/09_training.ipynb #26d76082
 def check_fit(
     model: nn.Module, # the network to be trained
     data: ImageData, # the data it shall be trained on
@@ -164,7 +164,7 @@ def check_fit(
     "Raises `ValueError` where network and data do not fit each other."
     input_channels(model)               # raises for a network without convolutions
     check_channels(model, data.train)
-    images = next(iter(data.valid))[0][:2]
+    images = torch.zeros(2, *data.shape, device=data.device)
     try:
         with evaluating(model): logits = model(images)
     except RuntimeError as e: raise ValueError(f"the network does not accept images of {tuple(images.shape[1:])}: {e}") from e
@@ -371,7 +371,7 @@ def _own_share(data: ImageData) -> ImageData:
     "The part of the data that this process works on."
     return ImageData(*[batches.shard(*world()) for batches in data.parts().values()])
 
-# %% ../nbs/09_training.ipynb #30acf73a
+# %% ../nbs/09_training.ipynb #8c785432
 def _fit(model: nn.Module, data: ImageData, epochs: int, config: TrainConfig, seed: int, checkpoint: str | Path | None,
          resume: str | Path | None, compile: bool | str, show: bool) -> History:
     steps = epochs * len(data.train)
@@ -379,6 +379,8 @@ def _fit(model: nn.Module, data: ImageData, epochs: int, config: TrainConfig, se
     run, history, best = Trainer(model, config, steps, compile), History(), {}
     words = _settings(model, data, epochs, config, seed) if resume is not None else {}
     if resume is not None and Path(resume).exists(): history, best = _take_up(run, resume, words)
+    if global_sum(torch.tensor(float(run.done), device=run.device)) != run.done * world()[1]:
+        raise ValueError(f"not every process found the run in {resume}; name a file that all of them can see")
     first = not world()[0]
     data.train.seed(seed, len(history.rows))
     with progress(None, 'training', show and first, total=steps, initial=run.done, unit='batch') as bar:

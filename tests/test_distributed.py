@@ -9,7 +9,8 @@ from torch import Tensor
 from mwt.convert import modularize
 from mwt.core import load_tensors, seeded
 from mwt.data import ImageData, image_data
-from mwt.decompose import decompose
+from mwt.cli import main
+from mwt.decompose import decompose, load_parts
 from mwt.metrics import confusion
 from mwt.models import create_model
 from mwt.training import TrainConfig, Trainer, fit
@@ -96,6 +97,62 @@ def test_two_processes_are_as_one(kind: str, tmp_path: Path) -> None:
         assert torch.equal(first[name], second[name]), f'{name}: the processes differ'
         if name.startswith(('trained', 'accuracies')): continue           # after a whole run rounding has grown
         assert torch.allclose(first[name].double(), value.double(), atol=1e-8 if name.startswith('later') else 1e-5, rtol=1e-5), name
+
+
+# The command line
+
+WORDS = ['train', '--data', 'digits', '--model', 'simcnn', '--width', '.1', '--batch-size', '64', '--device', 'cpu']
+
+def mwt(*words: object, **options: object) -> subprocess.Popen: return torchrun('-m', 'mwt', *map(str, words), **options)
+
+
+def test_one_command_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    two, one = tmp_path/'two', tmp_path/'one'
+    words = [*WORDS, '--method', 'mwt', '--lr', '1e-4', '--epochs', '1', '--out']
+    said, _ = (process := mwt(*words, two)).communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert said.count('best epoch 1, kept in') == said.count('kernels are masked') == 1, 'only the first process speaks'
+    assert main([*words, str(one)]) == 0
+    first, second = (json.loads((out/'history.json').read_text())['rows'][0] for out in (one, two))
+    for name in ('loss', 'cohesion_loss', 'coupling_loss'): assert second[name] == pytest.approx(first[name], rel=1e-3), name
+    said, _ = (process := mwt('decompose', '--out', two, '--device', 'cpu')).communicate(timeout=300)
+    assert process.returncode == 0 and said.count('kept in') == 1, said
+    shared = load_parts(two/'parts.safetensors')
+    assert main(['decompose', '--out', str(two), '--device', 'cpu']) == 0
+    alone = load_parts(two/'parts.safetensors')
+    assert torch.equal(shared.modules, alone.modules) and torch.allclose(shared.frequency, alone.frequency) and torch.allclose(shared.cohesion, alone.cohesion)
+    assert sorted(p.name for p in two.iterdir()) == ['history.json', 'model.safetensors', 'parts.safetensors', 'run.json']
+    said, _ = (process := mwt('extract', '--out', two)).communicate(timeout=300)
+    assert process.returncode and 'torchrun is for mwt train and mwt decompose' in said
+
+
+def worker(rank: int, parent: int) -> int:
+    "The process of a rank."
+    for folder in Path('/proc').glob('[0-9]*'):
+        try: words, status = (folder/'environ').read_bytes().split(b'\0'), (folder/'stat').read_text().rsplit(')', 1)[1].split()
+        except OSError: continue
+        if f'RANK={rank}'.encode() in words and int(status[1]) == parent: return int(folder.name)
+    raise LookupError(rank)
+
+
+@pytest.mark.skipif(not Path('/proc').is_dir(), reason='finds the process in /proc')
+@pytest.mark.parametrize('lost', [0, 1])
+def test_lost_process_ends_the_run_and_the_run_goes_on(lost: int, tmp_path: Path) -> None:
+    out, whole, state = tmp_path/'run', tmp_path/'whole', tmp_path/'run'/'resume.safetensors'
+    words = [*WORDS, '--epochs', '8', '--out']
+    process, limit = mwt(*words, out), time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < limit: time.sleep(.01)
+    os.kill(worker(lost, process.pid), signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode and 'SIGKILL' in said
+    assert f'mwt (process {1 - lost} of 2): training stopped' in said and 'the same command with --resume goes on from there' in said
+    assert 0 < load_tensors(state, 'run')[1]['done'] < 8 * 20 and not (out/'run.json').exists()
+    if not lost: return                                     # going on is the same whoever was lost
+    said, _ = (process := mwt(*words, out, '--resume')).communicate(timeout=300)
+    assert process.returncode == 0 and not state.exists(), said
+    said, _ = (process := mwt(*words, whole)).communicate(timeout=300)
+    assert process.returncode == 0 and (out/'history.json').read_text() == (whole/'history.json').read_text()
+    assert (weights := [load_tensors(folder/'model.safetensors', 'checkpoint')[0] for folder in (out, whole)]) and all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
 if __name__ == '__main__': work(*sys.argv[1:])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mwt.training
 from mwt.cli import main
 from mwt.convert import modularize
-from mwt.core import progress, seeded
+from mwt.core import load_tensors, progress, seeded
 from mwt.data import Batches, ImageData, from_tensors, image_data
 from mwt.decompose import decompose
 from mwt.extract import extract
@@ -449,6 +449,54 @@ def test_layers_registered_in_another_order(modular: bool | str, data: ImageData
     if modular: assert list(model.kernels) == dict(mwt=['body'], composable=['stem', 'body'])[modular]
 
 
+# Runs that are taken up again
+
+def stop_in(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Training stops at the end of an epoch, before it is kept."
+    left = iter(range(1, 100))
+    def judge(*args: Any) -> float:
+        if next(left) == epoch: raise InterruptedError('stop')
+        return evaluate(*args)
+    monkeypatch.setattr(mwt.training, 'evaluate', judge)
+
+
+@pytest.mark.parametrize('epoch', [2, 4, 6])        # gates learn; they stand still from the next step on; on the network without closed kernels
+@every_kind
+def test_a_stopped_run_ends_as_if_it_had_not_been(modular: bool | str, epoch: int, data: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole, path = network(modular=modular), tmp_path/'run.safetensors'
+    expected = fit(whole, data, 6, seed=3, show=False)
+    stop_in(epoch, monkeypatch)
+    with pytest.raises(InterruptedError): fit(network(modular=modular), data, 6, seed=3, resume=path, show=False)
+    assert load_tensors(path, 'run')[1]['done'] == (epoch - 1) * len(data.train)
+    monkeypatch.undo()
+    history = fit(again := network(seed=5, modular=modular), data, 6, seed=3, resume=path, show=False)
+    assert history == expected and same(again, whole) and not path.exists()
+
+
+def test_run_of_another_kind_is_refused(data: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path/'run.safetensors'
+    stop_in(2, monkeypatch)
+    with pytest.raises(InterruptedError): fit(network(modular='composable'), data, 3, resume=path, show=False)
+    monkeypatch.undo()
+    kept = path.read_bytes()
+    for wrong in (dict(lr=.1), dict(seed=1), dict(weight_decay=.1), dict(epochs=4)):
+        with pytest.raises(ValueError, match=f'{[*wrong][0]}.* give the same settings'): fit(network(modular='composable'), data, **dict(epochs=3, resume=path, show=False) | wrong)
+    with pytest.raises(ValueError, match='method'): fit(network(modular=False), data, 3, resume=path, show=False)
+    with pytest.raises(ValueError, match='another network: net'): fit(network('rescnn', 'composable'), data, 3, resume=path, show=False)
+    assert path.read_bytes() == kept
+    for damage, word in ((kept[:100], 'truncated'), (kept[:-1] + bytes([kept[-1] ^ 1]), 'damaged')):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=word): fit(network(modular='composable'), data, 3, resume=path, show=False)
+
+
+def test_compiled_training_learns_the_same(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, quick = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, 'compile', lambda net: (compiled.append(net), quick(net, backend='aot_eager')))      # traced as always, without the wait for a C++ compiler
+    def losses(compile: bool) -> list[float]: return fit(network(modular='composable'), data, 2, lr=1e-3, compile=compile, show=False).series('loss')
+    assert losses(True) == pytest.approx(losses(False), rel=1e-3) and len(compiled) == 2     # the network, and the one without closed kernels
+    with pytest.raises(ValueError, match="unknown compile 'never'"): fit(network(), data, 1, compile='never')
+
+
 # Processes that are killed
 
 KILLED = """
@@ -499,6 +547,6 @@ def test_killed(when: str, checkpoint: bool, killed: dict[str, Path], capsys: py
     if when != 'middle': assert any(p.name[0] == '.' for p in out.iterdir()), 'killed at another moment'
     assert main(['decompose', '--out', str(out)]) == 2 and 'holds no run' in capsys.readouterr().err
     again = [*WORDS, '--epochs', '1', '--out', str(out)]
-    assert main(again) == 2 and 'already holds a run' in capsys.readouterr().err
+    assert main(again) == 2 and ('go on with it by --resume' if when == 'middle' else 'already holds a run') in capsys.readouterr().err
     assert main([*again, '--overwrite']) == 0 and main(['decompose', '--out', str(out)]) == 0
     assert {p.name for p in out.iterdir() if p.name[0] != '.'} == {'run.json', 'history.json', 'model.safetensors', 'parts.safetensors'}
