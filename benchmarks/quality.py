@@ -117,7 +117,7 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
     name, width = network.split(':')
     (masks, recipe), start = settings_of(method), time.perf_counter()
     model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
-    if masks: model = modularize(model, data.n_classes, masks, example_input=data.train.images[:1].float(), seed=seed)
+    if masks: model = modularize(model, data.n_classes, masks, example_input=torch.zeros(1, *data.shape), seed=seed)
     history = fit(model, data, a.epochs, seed=seed, device=data.device, show=a.show, **recipe)
     result = dict(train_seconds=time.perf_counter() - start, params=count_params(model.net if masks else model),
                   valid=history.series('valid_accuracy')[history.best_epoch - 1], full=evaluate(model, data.test))
@@ -163,7 +163,7 @@ def table(results: Path) -> str:
     "Mean and spread over seeds, in percent."
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for r in read(results): groups.setdefault((r['network'], r['epochs'], r['batch'], r['method']), []).append(r)
-    head = ['network', 'epochs', 'batch', 'method', 'seeds', *(c[0] for c in COLUMNS), 'minutes']
+    head = ['network', 'epochs', 'batch', 'method', 'seeds', *(c[0] for c in COLUMNS)]
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for (network, epochs, batch, method), runs in sorted(groups.items()):
         cells = [network, str(epochs), str(batch), method.replace(',', ', '), str(len(runs))]
@@ -171,7 +171,6 @@ def table(results: Path) -> str:
             values = [r[k] * scale for r in runs if k in r]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.1f}{spread}' if values else '-')
-        cells.append(f"{statistics.mean(r['train_seconds'] for r in runs) / 60:.1f}")
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 

@@ -4,9 +4,10 @@
     python benchmarks/scaling.py --quick
 
 A step is that of `fit`: forward, loss, backward, optimizer, and what the method learns from the gradients; on random images that
-are on the device already. Composable is caught while its gates close, when it has most to do besides computing. At every point
+are on the device already. Composable is caught while its gates close, when it has most to do besides computing; gates are
+set anew in every step here, in training in every eighth. At every point
 the three are timed in turns; `ratio` is the step over plain's at that point. `growth` is the step over the same method's at the
-axis' first point, timed in turns too, on the axis of classes.
+axis' first point, timed in turns too, eight steps at a time, on the axis of classes.
 
 Beside each time stands what there is to do:
 - `flops`: of forward and backward, counted by PyTorch;
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import arguments, keep, parse, side_by_side
 from mwt.convert import ModularModel, modularize
 from mwt.core import seeded
+from mwt.methods import SET_EVERY
 from mwt.models import conv_block, create_model, init_convs
 from mwt.training import TrainConfig, training_loss
 
@@ -61,7 +63,7 @@ class Step:
         self.kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
         self.model, self.amp = model.to(device, memory_format=torch.channels_last).train(), amp
         self.images = images.to(device, memory_format=torch.channels_last)
-        config = TrainConfig()
+        config, self.done = TrainConfig(), 0
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=config.momentum, nesterov=True, fused=True)
 
     def backward(self) -> None:
@@ -74,7 +76,7 @@ class Step:
     def __call__(self) -> None:
         self.backward()
         self.optimizer.step()
-        if isinstance(self.model, ModularModel): self.model.method.learn(self.model, self.labels, PROGRESS)
+        if isinstance(self.model, ModularModel): self.model.method.learn(self.model, self.labels, PROGRESS, self.done)
 
 
 def storage(t: Tensor) -> tuple[int, int]: return t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
@@ -141,9 +143,13 @@ def measure(axis: str, size: dict[str, Any], make: Callable[..., Step], facts: d
 def growth(sizes: dict[str, Any], make: Callable[..., Step], device: torch.device) -> dict[tuple[str, int], float]:
     "Each method's step with more classes over its step with the fewest, in turns."
     along, found = [size for axis, size in points(sizes) if axis == 'classes'], {}
+    def several(step: Step) -> Callable[[], None]:
+        def run() -> None:
+            for step.done in range(SET_EVERY): step()
+        return run
     for method in METHODS:
-        steps = {size['classes']: make(method, size) for size in along}
-        found |= {(method, n): times['ratio'] for n, times in side_by_side(steps, device, 2 * sizes['rounds'], warmup=2).items()}
+        steps = {size['classes']: several(make(method, size)) for size in along}
+        found |= {(method, n): times['ratio'] for n, times in side_by_side(steps, device, sizes['rounds'], warmup=1).items()}
     return found
 
 

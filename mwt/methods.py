@@ -16,10 +16,10 @@ from .masks import MaskGenerator, union
 from .losses import class_sums, mask_losses
 
 # %% auto #0
-__all__ = ['SAMPLE', 'METHODS', 'MwT', 'cross_entropy', 'draw_targets', 'threshold', 'open_gates', 'ClassGates', 'Composable',
-           'make_method', 'describe_method']
+__all__ = ['SAMPLE', 'SET_EVERY', 'METHODS', 'MwT', 'cross_entropy', 'draw_targets', 'threshold', 'open_gates', 'ClassGates',
+           'Composable', 'make_method', 'describe_method']
 
-# %% ../nbs/05_methods.ipynb #85a9de83
+# %% ../nbs/05_methods.ipynb #245b0b3e
 @dataclass(frozen=True)
 class MwT:
     "Modularizing while training, as published (Qi et al. 2024)."
@@ -51,7 +51,7 @@ class MwT:
         penalty, more = self.penalty(masks, labels, model.n_classes)
         return loss + penalty, parts | more
 
-    def learn(self, model: nn.Module, labels: Tensor, progress: float) -> None:
+    def learn(self, model: nn.Module, labels: Tensor, progress: float, step: int = 0) -> None:
         "Nothing to do: the generators learn by gradient descent."
 
     def settled(self, progress: float) -> bool:
@@ -184,7 +184,7 @@ class Composable:
         "Do the gates stand still by now? Only then can the model be judged."
         return progress >= self.end and progress > 0
 
-# %% ../nbs/05_methods.ipynb #d2af7a15
+# %% ../nbs/05_methods.ipynb #1e3e041b
 @patch
 def loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
     "The loss of a batch, and its parts for the log: detached scalars."
@@ -196,12 +196,15 @@ def loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor, pro
     loss, parts = cross_entropy(model(images, targets).float().masked_fill(~targets, float('-inf')), labels)
     return roles * loss, parts | dict(krr=model.gates.krr)
 
+SET_EVERY = 8       # steps; scores change slowly, and to compare all of them takes time
+
 @patch
-def learn(self: Composable, model: nn.Module, labels: Tensor, progress: float) -> None:
-    "Take in the gradient of a step and set the gates; called after each backward pass."
+def learn(self: Composable, model: nn.Module, labels: Tensor, progress: float, step: int = 0) -> None:
+    "Take in the gradient of a step and set the gates from time to time; called after each backward pass."
     gates = model.gates
     if gates.mask is None: return
     gates.observe(labels, self.memory)
+    if step % SET_EVERY and not self.settled(progress): return
     gates.gates.copy_(open_gates(gates.relative(self.separation), gates.kernels, gates.groups, self.share(progress)))
 
 # %% ../nbs/05_methods.ipynb #349686a6

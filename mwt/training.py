@@ -233,7 +233,7 @@ class Trainer:
     @property
     def progress(self) -> float: return self.done / self.steps      # share of the run that is done
 
-# %% ../nbs/09_training.ipynb #9c01f311
+# %% ../nbs/09_training.ipynb #99a0507a
 @patch
 def _train(self: Trainer, net: nn.Module) -> None:
     "Take a network: the model, or a smaller one in its place."
@@ -261,7 +261,7 @@ def step(self: Trainer,
     loss.backward()
     self.optimizer.step()
     self.done += 1
-    if isinstance(self.net, ModularModel): self.net.method.learn(self.net, labels, self.progress)
+    if isinstance(self.net, ModularModel): self.net.method.learn(self.net, labels, self.progress, self.done)
     return parts | dict(loss=loss.detach())
 
 # %% ../nbs/09_training.ipynb #056be1c0

@@ -1,6 +1,7 @@
 "The benchmark scripts run; their figures are not judged here."
 import json, subprocess, sys
 from pathlib import Path
+import pytest
 from helpers import unpack_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,3 +19,16 @@ def test_quality(tmp_path):
     assert all(r['accuracy_10'] == r['full'] and 0 < r['params_2'] < r['params_5'] < r['params_10'] < 1 for r in modular)
     said = subprocess.run([*words, 'table', '--results', str(results)], check=True, capture_output=True, text=True).stdout
     assert said.count('\n') == 8 and '| simcnn:0.05 | 1 | 128 | composable | 1 |' in said
+
+
+@pytest.mark.parametrize('name', ['losses', 'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end'])
+def test_speed(name, tmp_path):
+    "The short form of a speed benchmark writes rows that name the machine; those of another kind of device stay."
+    results = tmp_path/'rows.jsonl'
+    results.write_text('{"kind": "cuda"}\n{"kind": "cpu"}\n')
+    data = ['--data', str(unpack_sample(tmp_path)), '--root', str(tmp_path)] if name in ('loading', 'end_to_end') else []
+    words = [sys.executable, str(ROOT/'benchmarks'/f'{name}.py'), '--quick', '--device', 'cpu', '--threads', '1', '--results', str(results), *data]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    other, *rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert other == dict(kind='cuda') and rows and all(r['kind'] == 'cpu' and r['quick'] and r['torch'] for r in rows)
