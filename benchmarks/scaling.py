@@ -15,7 +15,7 @@ Beside each time stands what there is to do:
 - `bytes`: what must move at least: parameters 8 times (read forward and backward; gradients written, then read by the optimizer;
   momentum and parameters read and written), kept tensors twice (written, read);
 - `peak`: bytes allocated at most during the step (CUDA only);
-and what the machine can do, measured in the same run: `peak_flops` of a large matrix product in the step's dtype,
+and what the machine can do, measured in the same run: `peak_flops` of a large matrix product or convolution in the step's dtype, whichever is faster,
 `bandwidth` of a large copy (bytes read and written). `limit` is the longer of the two times that follow, in seconds.
 Rows go to results/scaling.jsonl.
 """
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from bench import arguments, keep, parse, side_by_side
 from mwt.convert import ModularModel, modularize
@@ -107,11 +108,14 @@ def peak(step: Step) -> int | None:
 
 
 def machine(device: torch.device, dtype: torch.dtype, product: int, copy: int) -> dict[str, float]:
-    "FLOP/s of a matrix product (product x product), bytes/s of a copy of so many bytes; upper quartiles."
+    "FLOP/s of a matrix product (product x product) or of a convolution with as many, whichever is faster; bytes/s of a copy of so many bytes. Upper quartiles."
     a, b = (torch.randn(product, product, device=device, dtype=dtype) for _ in range(2))
+    images = torch.randn(-(-product**3 // (9 * 256**2 * 32**2)), 256, 32, 32, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    kernels = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     source, target = (torch.zeros(copy, dtype=torch.uint8, device=device) for _ in range(2))
-    found = side_by_side({'product': lambda: torch.mm(a, b), 'copy': lambda: target.copy_(source)}, device, rounds=9)
-    return dict(peak_flops=2 * product**3 / found['product']['low'], bandwidth=2 * copy / found['copy']['low'])
+    found = side_by_side({'product': lambda: torch.mm(a, b), 'convolution': lambda: F.conv2d(images, kernels, padding=1), 'copy': lambda: target.copy_(source)}, device, rounds=9)
+    flops = 2 * product**3 / found['product']['low'], 2 * len(images) * 9 * 256**2 * 32**2 / found['convolution']['low']
+    return dict(peak_flops=max(flops), bandwidth=2 * copy / found['copy']['low'])
 
 
 def points(sizes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
