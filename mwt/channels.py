@@ -298,13 +298,13 @@ def read(self: Walk, flow: Flow, reader: str) -> None:
     if flow.blot: self.ties.fix(flow.ids, f'{reader} reads it behind {flow.blot}, which turns zeros into something else')
     self.needed |= flow.points
 
-# %% ../nbs/06_channels.ipynb #2fae0e61
+# %% ../nbs/06_channels.ipynb #58045fc6
 @patch
 def write(self: Walk, node: fx.Node, layer: nn.Module) -> Flow:
     "A convolution or a linear layer."
     name, flow, dim = node.target, self.inputs(node)[0], 1 if isinstance(layer, nn.Conv2d) else -1
     reads, outputs = self.channel_ids(flow, dim, name), self.shapes[node].shape[dim]
-    self.read(flow, name)
+    if getattr(layer, 'groups', 1) < max(2, len(reads)): self.read(flow, name)
     if name in self.layers: self.layers[name].calls += 1; self.ties.tie(self.layers[name].reads, reads)
     else: self.layers[name] = Layer(reads, self.ties.new(outputs))
     writes, groups = self.layers[name].writes, getattr(layer, 'groups', 1)

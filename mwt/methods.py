@@ -108,7 +108,7 @@ def open_gates(
     best = torch.full_like(scores, -1).scatter_reduce(1, where, scores, 'amax')      # at most as many groups as units
     return ((scores > threshold(scores, kernels, share)) | (scores >= best.gather(1, where))).to(scores.dtype)
 
-# %% ../nbs/05_methods.ipynb #af6f2efb
+# %% ../nbs/05_methods.ipynb #4506dd0e
 class ClassGates(nn.Module):
     "Which units each class uses, and what that was learned from."
     def __init__(self,
@@ -137,8 +137,8 @@ class ClassGates(nn.Module):
         squares = (self.mask.grad[:, :-1] * len(labels)).square().to(self.scores)
         found = class_sums(F.pad(squares, (0, 1), value=1.), labels, len(self.scores))       # the last column counts the samples
         squares, counts = global_sum(found).split([self.n_units, 1], 1)
-        fresh = squares / counts.clamp_min(1)
-        self.scores += (1 - memory) * torch.where(counts > 0, fresh - self.scores, 0.)
+        weight = (1 - memory) * (counts > 0)            # a class without a sample keeps its scores
+        self.scores.mul_(1 - weight).add_(squares.mul_(weight / counts.clamp_min(1)))
         self.mask = None
 
     def relative(self, separation: float) -> Tensor: # (classes, units)
