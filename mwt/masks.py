@@ -13,7 +13,7 @@ from .core import check_range
 # %% auto #0
 __all__ = ['MaskGenerator', 'binarize', 'MaskedLayer', 'masked_layers', 'recorded', 'Board', 'TiedMask', 'union']
 
-# %% ../nbs/03_masks.ipynb #272e579a
+# %% ../nbs/03_masks.ipynb #0e0a416f
 class MaskGenerator(nn.Module):
     "Makes a layer's mask from the layer's input (MwT, Qi et al. 2024, section 3.1)."
     def __init__(self,
@@ -33,7 +33,7 @@ class MaskGenerator(nn.Module):
     def forward(self,
         x: Tensor, # (batch, channels, height, width), the layer's input
     ) -> Tensor: # (batch, kernels), each in [0, 1]
-        return torch.relu(torch.tanh(self.excite(torch.relu(self.squeeze(x.mean((2, 3)))))))
+        return torch.relu(torch.tanh(self.excite(torch.relu(self.squeeze(x.sum((2, 3)) / x[0, 0].numel())))))
 
 # %% ../nbs/03_masks.ipynb #a82cd6f8
 def binarize(
