@@ -20,7 +20,7 @@ from mwt.metrics import evaluate
 
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 COMMANDS = {'train': {'--data', '--root', '--model', '--width', '--method', '--target-krr', '--alpha', '--beta', '--epochs', '--batch-size', '--lr', '--momentum', '--weight-decay',
-                      '--warmup', '--valid', '--size', '--streaming', '--no-streaming', '--workers', '--compile', '--resume', '--seed', '--overwrite', '--out', '--device'},
+                      '--warmup', '--valid', '--size', '--streaming', '--workers', '--compile', '--resume', '--seed', '--overwrite', '--out', '--device'},
             'decompose': {'--threshold', '--out', '--device'}, 'extract': {'--fuse', '--round-to', '--out', '--device'}, 'evaluate': {'--out', '--device'}, 'report': {'--out', '--device'},
             'demo': {'--epochs', '--seed', '--overwrite', '--out', '--device'}}
 
