@@ -160,7 +160,7 @@ COLUMNS = [('full', 'full', 100), ('KRR', 'krr', 100), ('2 classes', 'accuracy_2
 
 
 def table(results: Path) -> str:
-    "Mean and spread over seeds, in percent."
+    "Mean and spread over seeds, in percent; and what the preset for GPUs has in store."
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for r in read(results): groups.setdefault((r['network'], r['epochs'], r['batch'], r['method']), []).append(r)
     head = ['network', 'epochs', 'batch', 'method', 'seeds', *(c[0] for c in COLUMNS)]
@@ -172,6 +172,9 @@ def table(results: Path) -> str:
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.1f}{spread}' if values else '-')
         lines.append('| ' + ' | '.join(cells) + ' |')
+    gpu = PRESETS['gpu']
+    missing = [m for m in itertools.product(gpu['networks'], [gpu['epochs']], [gpu['batch']], gpu['methods']) if m not in groups]
+    lines += ['| ' + ' | '.join([*map(str, m), '0', *['not run'] * len(COLUMNS)]) + ' |' for m in missing]
     return '\n'.join(lines)
 
 

@@ -87,7 +87,7 @@ def open_model(
     load_checkpoint(model, Path(out)/'model.safetensors')
     return model.to(data.train.device)
 
-# %% ../nbs/15_cli.ipynb #2a6ab659
+# %% ../nbs/15_cli.ipynb #1cd4e177
 def cmd_train(a: argparse.Namespace) -> None:
     "mwt train"
     config = make_config(None, lr=a.lr, momentum=a.momentum, weight_decay=a.weight_decay, warmup=a.warmup)
@@ -120,7 +120,9 @@ def _train(a: argparse.Namespace, run: dict[str, Any], config: TrainConfig, mode
                        compile={'auto': 'auto', 'yes': True, 'no': False}[a.compile])
     except (RuntimeError, InterruptedError, KeyboardInterrupt) as e:
         if not state.is_file(): raise
-        raise RuntimeError(f"training stopped: {e or 'interrupted'}. Its whole epochs are kept; the same command with --resume goes on from there") from e
+        lost = world()[1] > 1 and any(word in str(e).lower() for word in ('gloo', 'nccl'))
+        why = 'another process was lost' if lost else str(e) or 'interrupted'
+        raise RuntimeError(f"training stopped: {why}. Its whole epochs are kept; the same command with --resume goes on from there") from e
     if world()[0]: return
     write_json(out/'history.json', asdict(history)); write_json(out/'run.json', run)
     print(history.table(), f"best epoch {history.best_epoch}, kept in {out/'model.safetensors'}", sep='\n')

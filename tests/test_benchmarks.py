@@ -18,7 +18,8 @@ def test_quality(tmp_path):
     assert [plain['method'], *(r['method'] for r in modular)] == methods and [r['weight_decay'] for r in modular] == 4 * [5e-4] + [0]
     assert all(r['accuracy_10'] == r['full'] and 0 < r['params_2'] < r['params_5'] < r['params_10'] < 1 for r in modular)
     said = subprocess.run([*words, 'table', '--results', str(results)], check=True, capture_output=True, text=True).stdout
-    assert said.count('\n') == 8 and '| simcnn:0.05 | 1 | 128 | composable | 1 |' in said
+    assert said.count('\n') == 8 + 9 and said.count('| 0 | not run |') == 9, 'rows for a GPU stay until they are run'
+    assert '| simcnn:0.05 | 1 | 128 | composable | 1 |' in said
 
 
 @pytest.mark.parametrize('name', ['losses', 'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end'])
