@@ -341,7 +341,7 @@ def load_state(self: Trainer,
     if self.device.type == 'cuda' and 'random.cuda' in state: torch.cuda.set_rng_state(state['random.cuda'], self.device)
     self.done = done
 
-# %% ../nbs/09_training.ipynb #49e0a405
+# %% ../nbs/09_training.ipynb #54492fe3
 def fit(
     model: nn.Module, # a plain network, a modular one or a module; trained in place
     data: ImageData, # its train part is learned, its valid part chooses the epoch
@@ -359,6 +359,7 @@ def fit(
     config = make_config(config, **options)
     check_range('epochs', epochs, 1, integer=True)
     if not isinstance(compile, bool): check_choice('compile', compile, ['auto'], 'or True, or False')
+    if compile is True and world()[1] > 1: raise ValueError(f'compile=True is for a single process, and this is one of {world()[1]}; leave it out')
     device = data.device if device is None else resolve_device(device)
     data, model = _own_share(data.to(device)), model.to(device, memory_format=torch.channels_last)
     check_fit(model, data)
