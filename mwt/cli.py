@@ -87,7 +87,7 @@ def open_model(
     load_checkpoint(model, Path(out)/'model.safetensors')
     return model.to(data.train.device)
 
-# %% ../nbs/15_cli.ipynb #1cd4e177
+# %% ../nbs/15_cli.ipynb #32b996e1
 def cmd_train(a: argparse.Namespace) -> None:
     "mwt train"
     config = make_config(None, lr=a.lr, momentum=a.momentum, weight_decay=a.weight_decay, warmup=a.warmup)
@@ -120,6 +120,7 @@ def _train(a: argparse.Namespace, run: dict[str, Any], config: TrainConfig, mode
                        compile={'auto': 'auto', 'yes': True, 'no': False}[a.compile])
     except (RuntimeError, InterruptedError, KeyboardInterrupt) as e:
         if not state.is_file(): raise
+        _undisturbed()
         lost = world()[1] > 1 and any(word in str(e).lower() for word in ('gloo', 'nccl'))
         why = 'another process was lost' if lost else str(e) or 'interrupted'
         raise RuntimeError(f"training stopped: {why}. Its whole epochs are kept; the same command with --resume goes on from there") from e
@@ -266,21 +267,22 @@ def parser() -> argparse.ArgumentParser: # for `main`, and for documentation
     _command(commands, 'report', cmd_report, "write the run's page, report.html")
     return top
 
-# %% ../nbs/15_cli.ipynb #41dbf56e
+# %% ../nbs/15_cli.ipynb #d4da01d2
 def main(
     argv: Sequence[str] | None = None, # arguments; `None` takes those of the process
 ) -> int: # exit status: 0, or 2 after a mistake in the input
     "The `mwt` command."
     args = parser().parse_args(argv)
-    try:
-        with _stoppable():
+    with _stoppable():
+        try:
             if dist.is_torchelastic_launched() and args.run not in (cmd_train, cmd_decompose):
                 raise ValueError('torchrun is for mwt train and mwt decompose; call the other commands by themselves')
             args.run(args)
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as e:
-        rank, n = world()
-        print('mwt:' if n == 1 else f'mwt (process {rank} of {n}):', ' '.join(str(e).split()) or 'interrupted', file=sys.stderr)
-        return 2
+        except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as e:
+            _undisturbed()
+            rank, n = world()
+            print('mwt:' if n == 1 else f'mwt (process {rank} of {n}):', ' '.join(str(e).split()) or 'interrupted', file=sys.stderr, flush=True)
+            return 2
     return 0
 
 @contextmanager
@@ -291,3 +293,7 @@ def _stoppable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
+
+def _undisturbed() -> None:
+    "What is on its way to the user is not cut short by SIGTERM."
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN)
