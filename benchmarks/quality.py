@@ -77,8 +77,8 @@ class Both(Composable):
         loss = F.cross_entropy(model(twice, targets).float().masked_fill(~targets, -1e4), torch.cat([labels, labels]))
         return 2 * loss, dict(cross_entropy=loss.detach())
 
-    def learn(self, model: ModularModel, labels: torch.Tensor, progress: float) -> None:
-        super().learn(model, torch.cat([labels, labels]), progress)
+    def learn(self, model: ModularModel, labels: torch.Tensor, progress: float, step: int = 0) -> None:
+        super().learn(model, torch.cat([labels, labels]), progress, step)
 
 
 VARIANTS = dict(METHODS, uniform=Uniform, distilled=Distilled, both=Both)
