@@ -72,7 +72,7 @@ class Both(Composable):
     "For the ablation: every image trains all classes and a random target set; twice the work."
     def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         small = draw_targets(labels, model.n_classes, 0)
-        targets, twice = torch.cat([torch.ones_like(small), small]), torch.cat([images, images]).contiguous(memory_format=torch.channels_last)
+        targets, twice = torch.cat([torch.ones_like(small), small]), torch.cat([images, images])
         model.gates.learning = not self.settled(progress)
         loss = F.cross_entropy(model(twice, targets).float().masked_fill(~targets, -1e4), torch.cat([labels, labels]))
         return 2 * loss, dict(cross_entropy=loss.detach())

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from bench import arguments, keep, parse, side_by_side
+from mwt.channels import memory_format
 from mwt.convert import ModularModel, modularize
 from mwt.core import seeded
 from mwt.methods import SET_EVERY
@@ -62,8 +63,9 @@ class Step:
             self.labels = torch.randint(size['classes'], (size['batch'],)).to(device)
         model = net if method == 'plain' else modularize(net, size['classes'], method, images[:1])
         self.kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
-        self.model, self.amp = model.to(device, memory_format=torch.channels_last).train(), amp
-        self.images = images.to(device, memory_format=torch.channels_last)
+        format = memory_format(model.to(device), images.to(device))
+        self.model, self.amp = model.to(memory_format=format).train(), amp
+        self.images = images.to(device, memory_format=format)
         config, self.done = TrainConfig(), 0
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=config.momentum, nesterov=True, fused=True)
 

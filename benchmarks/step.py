@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from bench import arguments, keep, parse, side_by_side
+from mwt.channels import memory_format
 from mwt.convert import ModularModel, modularize
 from mwt.core import seeded
 from mwt.methods import open_gates
@@ -48,14 +49,15 @@ def close_gates(model: ModularModel) -> float: # share of the kernels that some 
 def runs(name: str, a: Any) -> tuple[dict[str, Callable[[], Any]], float]: # a step of each candidate; share of kernels open when settled
     "Runs of one network, each caught in the middle."
     with seeded(0): images, labels = torch.randn(a.batch, 3, 32, 32), torch.randint(N_CLASSES, (a.batch,))
-    images, labels, found, opened = images.to(a.device, memory_format=torch.channels_last), labels.to(a.device), {}, 1.
+    images, labels, found, opened = images.to(a.device), labels.to(a.device), {}, 1.
     for candidate, (method, progress, settings) in CANDIDATES.items():
         with seeded(0):
             model = create_model(name, N_CLASSES, a.width, seed=0)
             if method: model = modularize(model, N_CLASSES, method, images[:1].cpu(), **settings)
             if 'settled' in candidate: opened = close_gates(model)
-        model.to(a.device, memory_format=torch.channels_last).train()
-        run = Trainer(model, TrainConfig(lr=1e-4, amp=a.amp), STEPS, compile=a.compile)
+        format = memory_format(model.to(a.device), images)
+        model.to(memory_format=format).train()
+        run = Trainer(model, TrainConfig(lr=1e-4, amp=a.amp), STEPS, a.compile, format)
         def step(run: Trainer = run, done: int = int(progress * STEPS)) -> None:
             run.done = done
             run.step(images, labels)

@@ -15,13 +15,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import stochastic_depth
 
 # %% auto #0
-__all__ = ['SIZES', 'NORMS', 'WRITERS', 'ELEMENTWISE', 'ADDITIONS', 'PRODUCTS', 'QUOTIENTS', 'SPATIAL', 'MOVES', 'JOINS', 'SUMS',
-           'Tracer', 'trace', 'evaluating', 'device_of', 'input_channels', 'find_example', 'Flow', 'varying', 'compact',
-           'Ties', 'Layer', 'Walk', 'LayerInfo', 'ChannelMap', 'map_channels', 'head_size', 'kept_channels',
-           'slice_channels_']
+__all__ = ['BLOCK', 'SIZES', 'NORMS', 'WRITERS', 'ELEMENTWISE', 'ADDITIONS', 'PRODUCTS', 'QUOTIENTS', 'SPATIAL', 'MOVES', 'JOINS',
+           'SUMS', 'Tracer', 'trace', 'evaluating', 'device_of', 'input_channels', 'memory_format', 'find_example',
+           'Flow', 'varying', 'compact', 'Ties', 'Layer', 'Walk', 'LayerInfo', 'ChannelMap', 'map_channels',
+           'head_size', 'kept_channels', 'slice_channels_']
 
 # %% ../nbs/06_channels.ipynb #3c79d128
 class Tracer(fx.Tracer):
@@ -87,6 +88,41 @@ def input_channels(
     try: first = next(n.target for n in trace(model).nodes if n.op == 'call_module' and n.target in convs)   # in running order, which
     except (ValueError, StopIteration): first = next(iter(convs))                                           # need not be that of registration
     return convs[first].in_channels
+
+# %% ../nbs/06_channels.ipynb #df393ad3
+class _Convolutions(TorchFunctionMode):
+    "Notes weight shape and stride of every 2-d convolution that runs inside the block."
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d:
+            weight = args[1] if len(args) > 1 else kwargs['weight']
+            stride = args[3] if len(args) > 3 else kwargs.get('stride', 1)
+            self.seen.append((tuple(weight.shape), stride))
+        return func(*args, **kwargs)
+
+BLOCK = 16      # channels that oneDNN handles at a time with AVX-512; 8 with AVX2
+
+def _unsafe(shape: tuple[int, ...], stride: Any) -> bool:
+    "Is this convolution one that oneDNN gets wrong in channels-last memory?"
+    strided = stride not in (1, (1, 1), [1, 1])
+    return shape[2:] == (1, 1) and strided and shape[1] < BLOCK
+
+def memory_format(
+    model: nn.Module, # any network
+    images: Tensor, # (batch, channels, height, width), on the network's device
+) -> torch.memory_format: # `torch.channels_last` wherever that is safe
+    "The memory order to train a network in."
+    try:
+        with evaluating(model), _Convolutions() as convolutions:
+            model(images[:2].contiguous(memory_format=torch.channels_last))
+    except RuntimeError: return torch.contiguous_format         # `view` on an activation needs the ordinary order
+    if images.device.type == 'cpu' and any(_unsafe(*c) for c in convolutions.seen): return torch.contiguous_format
+    return torch.channels_last
+
 
 # %% ../nbs/06_channels.ipynb #8b9b15ba
 SIZES = (32, 64, 128, 224, 299)     # pixels, from CIFAR to Inception

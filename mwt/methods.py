@@ -192,7 +192,7 @@ def loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor, pro
     model.gates.learning, roles = not self.settled(progress), 1
     if self.twice and self.settled(progress):
         targets, roles = torch.cat([torch.ones_like(targets), targets]), 2
-        images, labels = torch.cat([images, images]).contiguous(memory_format=torch.channels_last), torch.cat([labels, labels])
+        images, labels = torch.cat([images, images]), torch.cat([labels, labels])
     loss, parts = cross_entropy(model(images, targets).float().masked_fill(~targets, float('-inf')), labels)
     return roles * loss, parts | dict(krr=model.gates.krr)
 

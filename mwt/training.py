@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .core import (Table, check_choice, check_range, global_sum, load_tensors, nearest, percent, progress, resolve_device, save_tensors, seeded,
                       world)
 from .data import Batches, ImageData
-from .channels import device_of, evaluating, input_channels
+from .channels import device_of, evaluating, input_channels, memory_format
 from .methods import cross_entropy, describe_method
 from .convert import ModularModel, answer, places, shrunk
 from .metrics import check_channels, evaluate
@@ -220,8 +220,10 @@ class Trainer:
         config: TrainConfig, # the recipe
         steps: int, # of the whole run
         compile: bool = False, # let `torch.compile` work on the network
+        format: torch.memory_format = torch.contiguous_format, # of the images; the model is in it already
     ) -> None:
-        self.model, self.config, self.steps, self.done, self.compile = model, config, steps, 0, compile
+        self.model, self.config, self.steps, self.done = model, config, steps, 0
+        self.compile, self.format = compile, format
         self.device = device_of(model)
         self.amp = self.device.type == 'cuda' if config.amp is None else config.amp
         self.where: dict[str, Tensor] = {}      # weight of a smaller `net` -> where its elements stand in the model
@@ -256,7 +258,7 @@ def step(self: Trainer,
     with ExitStack() as stack:
         if world()[1] > 1: stack.enter_context(GlobalNorms())
         stack.enter_context(torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp))
-        loss, parts = self.loss(images.contiguous(memory_format=torch.channels_last), labels, self.progress)
+        loss, parts = self.loss(images.contiguous(memory_format=self.format), labels, self.progress)
     self.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     self.optimizer.step()
@@ -274,7 +276,8 @@ def shrink(self: Trainer) -> None:
     with evaluating(self.model): expected = self.model(x)
     if not expected.isfinite().all(): return            # a lost run; `fit` says so at the end of the epoch
     small, where = shrunk(self.model), {k: at.to(self.device) for k, at in places(self.model).items()}
-    small.to(memory_format=torch.channels_last)
+    self.format = memory_format(small, x)
+    small.to(memory_format=self.format)
     with evaluating(small): found = small(x)
     if not (found - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1):
         warnings.warn('the network without closed kernels computes something else than the model; training goes on with all kernels'); return
@@ -361,12 +364,20 @@ def fit(
     if not isinstance(compile, bool): check_choice('compile', compile, ['auto'], 'or True, or False')
     if compile is True and world()[1] > 1: raise ValueError(f'compile=True is for a single process, and this is one of {world()[1]}; leave it out')
     device = data.device if device is None else resolve_device(device)
-    data, model = _own_share(data.to(device)), model.to(device, memory_format=torch.channels_last)
+    data, model = _own_share(data.to(device)), model.to(device)
     check_fit(model, data)
+    _warn_slow_bf16(config, device)
+    format = memory_format(model, torch.zeros(2, *data.shape, device=device))
+    model.to(memory_format=format)
     if isinstance(model, ModularModel): model.classes = list(data.classes)
-    with seeded(seed), torch.backends.cudnn.flags(benchmark=True): return _fit(model, data, epochs, config, seed, checkpoint, resume, compile, show)
+    with seeded(seed), torch.backends.cudnn.flags(benchmark=True): return _fit(model, data, epochs, config, seed, checkpoint, resume, compile, format, show)
 
 COMPILE_FROM = 20_000       # steps; fewer do not earn the minutes that compiling takes
+
+def _warn_slow_bf16(config: TrainConfig, device: torch.device) -> None:
+    "Say so where bfloat16 was asked for and the CPU has no instructions for it."
+    if config.amp and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        warnings.warn('amp=True: this CPU has no fast bfloat16, a step takes several times as long; leave amp out')
 
 def _own_share(data: ImageData) -> ImageData:
     "The part of the data that this process works on."
@@ -374,10 +385,10 @@ def _own_share(data: ImageData) -> ImageData:
 
 # %% ../nbs/09_training.ipynb #8c785432
 def _fit(model: nn.Module, data: ImageData, epochs: int, config: TrainConfig, seed: int, checkpoint: str | Path | None,
-         resume: str | Path | None, compile: bool | str, show: bool) -> History:
+         resume: str | Path | None, compile: bool | str, format: torch.memory_format, show: bool) -> History:
     steps = epochs * len(data.train)
     if compile == 'auto': compile = data.device.type == 'cuda' and world()[1] == 1 and steps >= COMPILE_FROM
-    run, history, best = Trainer(model, config, steps, compile), History(), {}
+    run, history, best = Trainer(model, config, steps, compile, format), History(), {}
     words = _settings(model, data, epochs, config, seed) if resume is not None else {}
     if resume is not None and Path(resume).exists(): history, best = _take_up(run, resume, words)
     if global_sum(torch.tensor(float(run.done), device=run.device)) != run.done * world()[1]:

@@ -1,0 +1,56 @@
+"Gradients in the memory order that training chooses equal those without oneDNN, on CPUs with and without AVX-512."
+from __future__ import annotations
+import os, subprocess, sys
+import pytest
+
+SCRIPT = '''
+import sys, torch
+from torch.nn import functional as F
+from mwt.models import create_model
+from mwt.channels import memory_format
+from mwt.convert import modularize
+from mwt.decompose import decompose
+from mwt.data import from_tensors
+from mwt.extract import extract
+from mwt.training import fit
+
+def difference(net, images, labels):
+    "The largest relative error of a convolution's weight gradient, against double precision without oneDNN."
+    format = memory_format(net, images)
+    net = net.to(memory_format=format).train()
+    seen, convs = {}, [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    for conv in convs:
+        conv.register_forward_hook(lambda conv, x, y: seen.update({conv: [x[0].detach()]}))
+        conv.register_full_backward_hook(lambda conv, dx, dy: seen[conv].append(dy[0].detach()))
+    F.cross_entropy(net(images.contiguous(memory_format=format)), labels).backward()
+    errors = []
+    for conv in convs:
+        x, dy = (t.double().contiguous() for t in seen[conv])
+        wanted = torch.nn.grad.conv2d_weight(x, conv.weight.shape, dy, conv.stride, conv.padding, conv.dilation, conv.groups)
+        errors.append(((conv.weight.grad - wanted).norm() / wanted.norm()).item())
+    return max(errors)
+
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(0)
+images, labels = torch.randn(32, 3, 32, 32), torch.randint(4, (32,))
+nets = {w: create_model('resnet18', 4, width=w, seed=0) for w in (.0625, .1, .125, .25)}
+for width, net in nets.items(): print('plain', width, difference(net, images, labels))
+
+pixels = (40 * labels[:, None, None, None] + torch.randint(60, (32, 3, 32, 32))).byte()
+data = from_tensors((pixels, labels), (pixels, labels), (pixels, labels), batch_size=16, augment=None, device='cpu')
+model = modularize(nets[.1], 4, target_krr=.3)
+fit(model, data, epochs=4, show=False)          # trains without closed kernels from half of it on
+module = extract(model, decompose(model, data.train, show=False), ['0', '2'])
+print('module', .1, difference(module, images, labels % 2))
+'''
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('isa', ['AVX2', 'DEFAULT'])
+def test_gradients_are_right(isa: str, threads: int) -> None:
+    env = os.environ | {'ONEDNN_MAX_CPU_ISA': isa, 'OMP_NUM_THREADS': str(threads)}
+    done = subprocess.run([sys.executable, '-c', SCRIPT, str(threads)], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line]
+    assert len(lines) == 5
+    for kind, width, difference in lines: assert float(difference) < 1e-4, f'{kind} {width}: {difference}'
