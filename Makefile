@@ -1,13 +1,14 @@
-# `make demo` and `make test` are all a newcomer needs; each makes the environment when it is missing.
+# `make demo` and `make test` are all a newcomer needs; both make the environment when it is missing.
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 
-.PHONY: help demo test docs prepare clean
+.PHONY: help demo test test-all docs prepare clean
 
 help:
 	@echo "make demo     train, decompose and reuse a small modular network (about a minute)"
-	@echo "make test     every test: tests/, every notebook, the documentation site"
+	@echo "make test     the tests, the chapters' notebooks and the documentation site"
+	@echo "make test-all the same, and what takes long: notebooks that train"
 	@echo "make docs     build the documentation site into _docs/html"
 	@echo "make prepare  after editing notebooks: export, clean, README"
 	@echo "make clean    remove what was built"
@@ -23,7 +24,10 @@ demo: $(STAMP)
 	$(BIN)/mwt demo --out runs/demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m ""
 
 docs: $(STAMP)
 	$(BIN)/python docs/build.py

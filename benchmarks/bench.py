@@ -13,8 +13,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))        # runs from a plain checkout
 
 import torch
-from mwt.core import Table, resolve_device, write_whole
-from mwt.report import environment
+from mwt.core.display import Table
+from mwt.core.checks import resolve_device
+from mwt.core.files import atomic_write
+from mwt.runs.report import environment
 
 
 def wait(device: torch.device) -> None:
@@ -74,7 +76,7 @@ def keep(name: str, rows: Sequence[Mapping[str, Any]], a: argparse.Namespace) ->
     about = dict(kind=a.device.type, quick=a.quick, **environment(a.device))
     others = [r for r in read(path) if r['kind'] != a.device.type]
     lines = [json.dumps(r) for r in [*others, *(dict(row) | about for row in rows)]]
-    write_whole(path, lambda p: p.write_text('\n'.join(lines) + '\n', encoding='utf-8'))
+    atomic_write(path, lambda p: p.write_text('\n'.join(lines) + '\n', encoding='utf-8'))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -16,14 +16,14 @@ import torchvision
 from torch import nn
 from bench import arguments, keep, parse, side_by_side
 from latency import CLASSES, random_parts
-from mwt.convert import modularize
-from mwt.extract import extract
-from mwt.models import MODELS, create_model
+from mwt.methods.modular import modularize
+from mwt.modules.extract import extract
+from mwt.networks import NETWORKS, create_model
 
 FAMILIES = ('alexnet', 'vgg11', 'resnet18', 'resnext50_32x4d', 'wide_resnet50_2', 'squeezenet1_1', 'densenet121', 'googlenet', 'inception_v3',
             'shufflenet_v2_x0_5', 'mobilenet_v2', 'mobilenet_v3_small', 'mnasnet0_5', 'efficientnet_b0', 'efficientnet_v2_s', 'regnet_x_400mf',
             'regnet_y_400mf', 'convnext_tiny')
-NAMES = [*MODELS, *(f'torchvision/{name}' for name in FAMILIES)]
+NAMES = [*NETWORKS, *(f'torchvision/{name}' for name in FAMILIES)]
 
 
 def make(name: str) -> nn.Module:

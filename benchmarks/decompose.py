@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from bench import arguments, keep, parse, side_by_side
-from mwt.convert import modularize
-from mwt.core import seeded
-from mwt.data import Batches
-from mwt.decompose import decompose
-from mwt.metrics import mean_jaccard
-from mwt.models import create_model
+from mwt.methods.modular import modularize
+from mwt.core.checks import seeded
+from mwt.data.batches import Batches
+from mwt.modules.decompose import decompose
+from mwt.modules.modularity import mean_jaccard
+from mwt.networks import create_model
 
 CLASSES = [str(i) for i in range(10)]
 UNIT = 1 if sys.platform == 'darwin' else 1024      # of ru_maxrss, in bytes
@@ -45,7 +45,7 @@ def rise(samples: int, device: torch.device, width: float, kept: int) -> dict[st
     batches = Batches(images, labels, CLASSES, mean=torch.full((3,), .5), std=torch.full((3,), .25))
     model = modularize(create_model('simcnn', width=width, seed=0), len(CLASSES), 'mwt', torch.zeros(1, 3, 32, 32)).to(device)
     before = peak(device)
-    decompose(model, batches, samples=kept, show=False)
+    decompose(model, batches, samples=kept, show_progress=False)
     return dict(samples=samples, kernels=sum(model.kernels.values()), rise=peak(device) - before, images=images.nbytes)
 
 

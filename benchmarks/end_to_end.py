@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 import torch
 from bench import arguments, keep, parse, wait
-from mwt.convert import modularize, plain
-from mwt.data import image_data
-from mwt.decompose import decompose
-from mwt.extract import extract
-from mwt.metrics import count_params, evaluate
-from mwt.models import create_model
-from mwt.training import fit
+from mwt.methods.modular import modularize, plain
+from mwt.data.sources import image_data
+from mwt.modules.decompose import decompose
+from mwt.modules.extract import extract
+from mwt.measure import count_params, evaluate
+from mwt.networks import create_model
+from mwt.train.fit import fit
 
 
 def timed(times: dict[str, float], name: str, device: torch.device, work: Callable[[], Any]) -> Any:

@@ -25,12 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from bench import arguments, keep, parse, side_by_side
-from mwt.convert import ModularModel, modularize, plain
-from mwt.data import Batches
-from mwt.decompose import Parts, decompose
-from mwt.extract import as_module, extract, fold_norms
-from mwt.metrics import count_flops
-from mwt.models import create_model
+from mwt.methods.modular import ModularModel, modularize, plain
+from mwt.data.batches import Batches
+from mwt.modules.parts import Parts
+from mwt.modules.decompose import decompose
+from mwt.modules.module import as_module
+from mwt.modules.extract import extract
+from mwt.modules.speed import fold_norms
+from mwt.measure import count_flops
+from mwt.networks import create_model
 
 CLASSES = [str(i) for i in range(10)]
 VARIANTS: dict[str, dict[str, Any]] = {'as cut': {}, 'folded': dict(fuse=True), 'folded, multiples of 8': dict(fuse=True, round_to=8),
@@ -50,7 +53,7 @@ def random_parts(model: ModularModel, krr: float = .15, seed: int = 0) -> Parts:
     channels = model.input_shape[0]
     batches = Batches(torch.zeros(len(draws), *model.input_shape, dtype=torch.uint8), torch.arange(len(draws)), CLASSES,
                       mean=torch.full((channels,), .5), std=torch.full((channels,), .25))
-    return decompose(model, batches, show=False)        # class gates are read, no image is looked at
+    return decompose(model, batches, show_progress=False)        # class gates are read, no image is looked at
 
 
 def networks_of(name: str, a: Any) -> dict[str, nn.Module]: # the full network first

@@ -22,7 +22,10 @@ from pathlib import Path
 import bench                                # makes the package importable from a plain checkout
 import numpy as np
 import torch
-from mwt.data import Augment, Batches, cached_images, image_files, list_images
+from mwt.data.augment import Augment
+from mwt.data.batches import Batches
+from mwt.data.folders import cached_images, list_images
+from mwt.data.streams import image_files
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder

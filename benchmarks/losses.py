@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from bench import arguments, keep, parse, side_by_side
-from mwt.core import seeded
-from mwt.losses import mask_losses
+from mwt.core.checks import seeded
+from mwt.methods.losses import mask_losses
 
 SIMCNN = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)       # kernels of its 13 layers
 ALPHA, BETA = 0.5, 1.5                                                          # weights of the two losses (paper)

@@ -20,16 +20,20 @@ sys.path.insert(0, str(HERE.parent))        # runs from a plain checkout
 
 import torch
 from torch.nn import functional as F
-from mwt.channels import evaluating
-from mwt.convert import ModularModel, modularize
-from mwt.data import ImageData, image_data
-from mwt.decompose import Parts, decompose
-from mwt.extract import extract
-from mwt.methods import METHODS, Composable, draw_targets
-from mwt.metrics import count_flops, count_params, coupling, evaluate
-from mwt.models import create_model
-from mwt.report import environment
-from mwt.training import TrainConfig, fit
+from mwt.core.nets import evaluating
+from mwt.methods.modular import ModularModel, modularize
+from mwt.data.batches import ImageData
+from mwt.data.sources import image_data
+from mwt.modules.parts import Parts
+from mwt.modules.decompose import decompose
+from mwt.modules.extract import extract
+from mwt.methods.composable import Composable, draw_targets
+from mwt.measure import count_flops, count_params, evaluate
+from mwt.modules.modularity import jaccard_coupling
+from mwt.networks import create_model
+from mwt.runs.report import environment
+from mwt.train.history import TrainConfig
+from mwt.train.fit import fit
 
 RESULTS = HERE / 'results' / 'quality.jsonl'
 RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
@@ -48,7 +52,7 @@ class Uniform(Composable):
     "For the ablation: sizes of target sets are equally likely."
     def targets(self, labels: torch.Tensor, n_classes: int, progress: float) -> torch.Tensor:
         size = torch.randint(2, n_classes + 1, labels.shape, device=labels.device)
-        if not (self.twice and self.settled(progress)): size = size.where(torch.rand_like(size, dtype=torch.float) >= 1 - (1 - self.full) * progress, n_classes)
+        if not (self.twice and self.ready(progress)): size = size.where(torch.rand_like(size, dtype=torch.float) >= 1 - (1 - self.full) * progress, n_classes)
         lot = torch.rand(len(labels), n_classes, device=labels.device).scatter(1, labels[:, None], -1.)
         return lot.argsort(1).argsort(1) < size[:, None]
 
@@ -59,7 +63,7 @@ class Distilled(Composable):
     def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with torch.no_grad(), evaluating(model): teacher = model(images).float()
         targets = self.targets(labels, model.n_classes, progress)
-        model.gates.learning = not self.settled(progress)
+        model.gates.learning = not self.ready(progress)
         logits = model(images, targets).float().masked_fill(~targets, -1e4)
         soft = F.cross_entropy(logits, teacher.masked_fill(~targets, -1e4).softmax(1), reduction='none')
         hard = F.cross_entropy(logits, labels, reduction='none')
@@ -73,12 +77,12 @@ class Both(Composable):
     def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         small = draw_targets(labels, model.n_classes, 0)
         targets, twice = torch.cat([torch.ones_like(small), small]), torch.cat([images, images])
-        model.gates.learning = not self.settled(progress)
+        model.gates.learning = not self.ready(progress)
         loss = F.cross_entropy(model(twice, targets).float().masked_fill(~targets, -1e4), torch.cat([labels, labels]))
         return 2 * loss, dict(cross_entropy=loss.detach())
 
-    def learn(self, model: ModularModel, labels: torch.Tensor, progress: float, step: int = 0) -> None:
-        super().learn(model, torch.cat([labels, labels]), progress, step)
+    def after_backward(self, model: ModularModel, labels: torch.Tensor, progress: float, step: int = 0) -> None:
+        super().after_backward(model, torch.cat([labels, labels]), progress, step)
 
 
 VARIANTS = dict(METHODS, uniform=Uniform, distilled=Distilled, both=Both)
@@ -122,10 +126,10 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
     result = dict(train_seconds=time.perf_counter() - start, params=count_params(model.net if masks else model),
                   valid=history.series('valid_accuracy')[history.best_epoch - 1], full=evaluate(model, data.test))
     if masks:
-        parts, n, logits = decompose(model, data.train, show=False), data.n_classes, logits_of(model, data)
+        parts, n, logits = decompose(model, data.train, show_progress=False), data.n_classes, logits_of(model, data)
         pairs = list(map(list, itertools.combinations(range(n), 2)))
         fives = [sorted(random.Random(i).sample(range(n), 5)) for i in range(a.fives)]
-        result |= dict(krr=parts.modules.double().mean().item(), coupling=coupling(parts.modules).mean().item(), cohesion=parts.cohesion.mean().item())
+        result |= dict(krr=parts.modules.double().mean().item(), coupling=jaccard_coupling(parts.kept).mean().item(), cohesion=parts.cohesion.mean().item())
         for size, sets in ((1, [[i] for i in range(n)]), (2, pairs), (5, fives), (n, [list(range(n))])):
             result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
     return result | dict(seconds=time.perf_counter() - start)

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from bench import arguments, keep, parse, side_by_side
-from mwt.channels import memory_format
-from mwt.convert import ModularModel, modularize
-from mwt.core import seeded
-from mwt.methods import SET_EVERY
-from mwt.models import conv_block, create_model, init_convs
-from mwt.training import TrainConfig, training_loss
+from mwt.core.nets import memory_format
+from mwt.methods.modular import ModularModel, modularize
+from mwt.core.checks import seeded
+from mwt.methods.composable import SET_EVERY
+from mwt.networks import conv_block, create_model, init_convs
+from mwt.train.history import TrainConfig
+from mwt.train.trainer import training_loss
 
 METHODS = ('plain', 'composable', 'mwt')
 PROGRESS = 0.3      # share of the run that is done: composable's gates are closing, and most samples have sets of their own
@@ -79,7 +80,7 @@ class Step:
     def __call__(self) -> None:
         self.backward()
         self.optimizer.step()
-        if isinstance(self.model, ModularModel): self.model.method.learn(self.model, self.labels, PROGRESS, self.done)
+        if isinstance(self.model, ModularModel): self.model.method.after_backward(self.model, self.labels, PROGRESS, self.done)
 
 
 def storage(t: Tensor) -> tuple[int, int]: return t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()

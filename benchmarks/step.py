@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from bench import arguments, keep, parse, side_by_side
-from mwt.channels import memory_format
-from mwt.convert import ModularModel, modularize
-from mwt.core import seeded
-from mwt.methods import open_gates
-from mwt.models import MODELS, create_model
-from mwt.training import TrainConfig, Trainer
+from mwt.core.nets import memory_format
+from mwt.methods.modular import ModularModel, modularize
+from mwt.core.checks import seeded
+from mwt.methods.composable import open_gates
+from mwt.networks import NETWORKS, create_model
+from mwt.train.history import TrainConfig
+from mwt.train.trainer import Trainer
 
 N_CLASSES, STEPS = 10, 10**9            # of a run that is caught in the middle
 CANDIDATES: dict[str, tuple[str | None, float, dict[str, Any]]] = {        # method, progress of the run, settings
@@ -86,7 +87,7 @@ def shares(step: Callable[[], Any], a: Any) -> str:
 
 def main() -> None:
     p = arguments(__doc__)
-    p.add_argument('--networks', nargs='+', choices=list(MODELS), default=None, help='left out: simcnn vgg16_bn resnet18 mobilenet')
+    p.add_argument('--networks', nargs='+', choices=list(NETWORKS), default=None, help='left out: simcnn vgg16_bn resnet18 mobilenet')
     p.add_argument('--width', type=float, default=None, help='of the networks; left out: 1, with --quick 0.1')
     p.add_argument('--batch', type=int, default=None, help='images in a batch; left out: 32 on a CPU, 512 on CUDA, with --quick 8')
     p.add_argument('--amp', choices=('auto', 'yes', 'no'), default='auto', help='bfloat16; auto: as fit, on CUDA only')

@@ -1,7 +1,7 @@
-"The package's public symbols: where each is documented, and what its reference entry says."
+"The package's symbols, public and internal: where each is documented, and its reference entry."
 from __future__ import annotations
 import ast, importlib, inspect, re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,11 +13,12 @@ STARS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '
 
 @dataclass(frozen=True)
 class Symbol:
-    "One public name: a function, a class, a method or a constant."
-    module: str # without the package, e.g. `core`
+    "A name that a module defines: a function, a class, a method or a constant."
+    module: str # without the package, e.g. `core.display`
     name: str # e.g. `Table` or `Table.html`
     obj: Any # what the name stands for
-    label: str # its target in the API reference, e.g. `core.Table.html`
+    label: str # its target in the API reference, e.g. `core.display.Table.html`
+    public: bool = True # in the module's `__all__`
 
     @property
     def is_method(self) -> bool: return '.' in self.name
@@ -29,14 +30,18 @@ def docstring(obj: Any) -> str:
     "The object's own docstring; a constant's type has one too, which says nothing about the constant."
     described = inspect.isroutine(obj) or inspect.isclass(obj) or isinstance(obj, property)
     doc = (inspect.getdoc(obj) or '') if described else ''
-    return '' if re.match(r'\w+\(.*\)$', doc) else doc # a dataclass without words describes itself by its signature
+    without_words = re.match(r'\w+\(.*\)$', doc) # a dataclass describes itself by its signature then
+    return '' if without_words else doc
 
 
 def load(modules: list[str]) -> list[Symbol]:
-    "Every public symbol of `modules`, each class followed by its methods."
+    "Every symbol of `modules`, each class followed by its methods; a module's public ones first."
     taken: set[str] = set()
-    return [Symbol(module, name, obj, _label(f'{module}.{name}', taken)) for module in modules
-            for name, obj in _public(importlib.import_module(f'{PACKAGE}.{module}'))]
+    found = []
+    for module in modules:
+        for name, obj, public in _symbols(importlib.import_module(f'{PACKAGE}.{module}')):
+            found.append(Symbol(module, name, obj, _label(f'{module}.{name}', taken), public))
+    return found
 
 
 def _label(name: str, taken: set[str]) -> str:
@@ -47,18 +52,35 @@ def _label(name: str, taken: set[str]) -> str:
     return label
 
 
-def _exported(module: ModuleType) -> list[str]:
-    "The names that the module's own notebook exports: nbdev's list, without what the module re-exports by hand."
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__': return ast.literal_eval(node.value)
+def _exported(tree: ast.Module) -> list[str]:
+    "The names that a module's own notebook makes public: nbdev's list, without re-exports by hand."
+    for node in tree.body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.List): continue
+        if getattr(node.targets[0], 'id', '') == '__all__': return ast.literal_eval(node.value)
     return []
 
 
-def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    for name in _exported(module):
-        obj = getattr(module, name)
-        yield name, obj
-        if inspect.isclass(obj): yield from ((f'{name}.{m}', method) for m, method in _methods(obj))
+def _internal(tree: ast.Module, public: list[str]) -> list[str]:
+    "Functions and classes from cells marked `#| exporti`; names with an underscore stay where they are."
+    made = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    names = [n.name for n in made if not _is_patch(n) and not n.name.startswith('_')]
+    return [name for name in dict.fromkeys(names) if name not in public]
+
+
+def _is_patch(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    "A method: fastcore's `@patch`, `@patch_to(...)`, `@patch_property`."
+    called = [getattr(d, 'func', d) for d in node.decorator_list]
+    return any(getattr(d, 'id', '').startswith('patch') for d in called)
+
+
+def _symbols(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
+    tree = ast.parse(inspect.getsource(module))
+    public = _exported(tree)
+    for name in public + _internal(tree, public):
+        obj, is_public = getattr(module, name), name in public
+        yield name, obj, is_public
+        if not inspect.isclass(obj): continue
+        for method, function in _methods(obj): yield f'{name}.{method}', function, is_public
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Any]]:
@@ -68,21 +90,30 @@ def _methods(cls: type) -> Iterator[tuple[str, Any]]:
         if documented and not name.startswith('_'): yield name, obj
 
 
+def chapter_label(module: str) -> str: return f'makes.{module}'
+
+
 class Links:
-    "Finds the entry that a backticked name in prose means."
-    def __init__(self, symbols: list[Symbol]) -> None:
+    "Finds the entry that a backticked name in prose means, or the chapter that makes a module."
+    def __init__(self, symbols: list[Symbol], modules: Iterable[str]) -> None:
+        self.modules = {f'{PACKAGE}.{m}': chapter_label(m) for m in modules}
         self.found: dict[str, list[Symbol]] = {}
         for s in symbols:
-            for name in (s.name, f'{s.module}.{s.name}', f'{PACKAGE}.{s.module}.{s.name}'): self.found.setdefault(name, []).append(s)
+            names = [s.name, f'{s.module}.{s.name}', f'{PACKAGE}.{s.module}.{s.name}']
+            if s.public: names.append(f'{PACKAGE}.{s.name}')
+            for name in names: self.found.setdefault(name, []).append(s)
 
     def label(self, name: str, module: str = '') -> str | None:
-        "The target for `name`; a name of two modules means the page's own, or nothing."
+        "The target for `name`; a name of two modules means the page's own, the public one, or nothing."
+        if name in self.modules: return self.modules[name]
         found = self.found.get(name, [])
-        own = [s for s in found if s.module == module] or found
-        return own[0].label if len(own) == 1 else None
+        own = [s for s in found if s.module == module]
+        public = [s for s in found if s.public]
+        chosen = own or public or found
+        return chosen[0].label if len(chosen) == 1 else None
 
     def add(self, markdown: str, module: str = '') -> str:
-        "`markdown` with its backticked names linked; headings, code blocks and existing links stay as they are."
+        "`markdown` with its backticked names linked; headings, code blocks and links stay as they are."
         parts = re.split(r'(^ *```.*?^ *```|^ *~~~.*?^ *~~~|^#.*?$)', markdown, flags=re.S | re.M)
         return ''.join(p if i % 2 else self._in_prose(p, module) for i, p in enumerate(parts))
 
@@ -90,12 +121,14 @@ class Links:
         def link(match: re.Match) -> str:
             label = match['name'] and self.label(match['name'], module)
             return f'[{match[0]}](#{label})' if label else match[0]
-        return re.sub(r'\[[^\]]*\]\([^)]*\)|``.*?``|`(?P<name>[A-Za-z_][\w.]*)(?:\(\))?`', link, text, flags=re.S)
+        pattern = r'\[[^\]]*\]\([^)]*\)|``.*?``|`(?P<name>[A-Za-z_][\w.]*)(?:\(\))?`'
+        return re.sub(pattern, link, text, flags=re.S)
 
 
 def entry(symbol: Symbol, links: Links, chapter: str) -> str:
     "The reference entry of one symbol, in MyST Markdown; `chapter` is a link to where the symbol is made."
-    level = '###' if symbol.is_method else '##'
+    level = '###' if symbol.is_method or not symbol.public else '##'
+    if symbol.is_method and not symbol.public: level = '####'
     parts = [f'({symbol.label})=\n{level} `{symbol.name}`', body(symbol, links)]
     if not symbol.is_method: parts.append(f'{{.where}}\nChapter: {chapter}')
     return '\n\n'.join(parts)
@@ -130,7 +163,8 @@ def _arguments(sig: inspect.Signature, symbol: Symbol) -> list[str]:
         if p.kind is p.KEYWORD_ONLY and not star: args.append('*')
         star = star or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
         anno = '' if p.annotation is p.empty else f': {_type(p.annotation)}'
-        default = '' if p.default is p.empty else f' = {_value(p.default)}' if anno else f'={_value(p.default)}'
+        default = '' if p.default is p.empty else f'={_value(p.default)}'
+        if default and anno: default = f' = {default[1:]}'
         args.append(f"{STARS.get(p.kind, '')}{p.name}{anno}{default}")
     return args
 

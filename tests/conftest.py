@@ -1,32 +1,49 @@
-"What all tests share: this checkout's package in every process, one thread each, files spread over processes, a minimum of coverage for full runs."
+"What all tests share: this checkout's package, one thread and little memory a process, coverage."
 from __future__ import annotations
-import os, subprocess
+import ctypes, gc, os, resource, subprocess
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Set before anything imports torch; the processes that tests start inherit it. Tests run side by side, one process a core,
-# and networks this small only get slower when many threads share them.
+# Set before anything imports torch; the processes that tests start inherit it. Tests run side by side, one
+# process a core, and networks this small only get slower when many threads share them. Threads that wait for
+# each other must not keep a busy core for long.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-os.environ.setdefault('GOMP_SPINCOUNT', '20000')       # threads that wait for each other must not keep a busy core for long
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 os.environ['MPLBACKEND'] = 'agg'
 
+# A test that needs more fails with an error that says so; without a limit the machine kills some process, and
+# the run ends without a word. CUDA maps more than it uses, so there is no limit where there is a GPU.
+MEMORY = 2 << 30 # bytes a process, and each process that a test starts
+ALL = ('', 'not slow') # choices of marks that are whole runs
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    "A part of the tests need not cover the whole package."
+    "Limit the memory; a part of the tests need not cover the whole package."
+    if not Path('/dev/nvidia0').exists(): resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     chosen = config.args_source is not config.ArgsSource.TESTPATHS
     option, cov = config.option, config.pluginmanager.get_plugin('_cov')
-    if cov and (chosen or option.keyword or option.markexpr or option.lf or option.collectonly): cov.options.cov_fail_under = 0
+    partial = chosen or option.keyword or option.lf or option.collectonly or option.markexpr not in ALL
+    if cov and partial: cov.options.cov_fail_under = 0
 
 
-# Files whose tests share nothing expensive; of all others the tests stay in one process, so that their fixtures are made once.
+# Files whose tests share nothing expensive; of all others the tests stay in one process, so that their
+# fixtures are made once.
 SPREAD = {'test_notebooks.py', 'test_channels.py', 'test_losses.py'}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name not in SPREAD: item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    "After a file's last test its memory goes back to the machine."
+    if nextitem and nextitem.path == item.path: return
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) # glibc only
+    if trim: trim(0)
 
 
 @pytest.fixture(scope='session')

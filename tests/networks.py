@@ -4,9 +4,9 @@ from collections.abc import Callable
 import torch
 import torchvision
 from torch import nn
-from mwt.convert import ModularModel, fixed_masks
-from mwt.decompose import Parts
-from mwt.models import create_model
+from mwt.methods.modular import ModularModel, fixed_masks
+from mwt.modules.parts import Parts
+from mwt.networks import create_model
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{name: lambda name=name: create_model(name, width=0.25) for name in ('simcnn', 'rescnn', 'vgg16_bn', 'resnet18')},
@@ -42,20 +42,25 @@ def calibrate(model: ModularModel, masks: dict[str, torch.Tensor]) -> None:
     model.eval()
 
 
-def random_parts(model: ModularModel, share: float | None, seed: int = 0) -> Parts:
-    "Modules that keep a random share of the kernels of each layer, at least one; `None` keeps exactly one."
-    generator, sizes = torch.Generator().manual_seed(seed), model.kernels
+def random_parts(model: ModularModel, fraction: float | None, seed: int = 0) -> Parts:
+    "Parts that keep a random fraction of each layer's kernels, at least one; `None` keeps exactly one."
+    generator = torch.Generator().manual_seed(seed)
+    n = model.n_classes
+
     def rows(kernels: int) -> torch.Tensor:
-        rows = torch.rand(model.n_classes, kernels, generator=generator) < (share or 0)
-        one = torch.randint(kernels, (1,), generator=generator).expand(model.n_classes)     # the same for all classes
-        rows[torch.arange(model.n_classes), one] = True
+        rows = torch.rand(n, kernels, generator=generator) < (fraction or 0)
+        one = int(torch.randint(kernels, (1,), generator=generator))        # the same for all classes
+        rows[:, one] = True
         return rows
-    if model.gates is None: modules = torch.cat([rows(k) for k in sizes.values()], 1)
-    else:                               # kernels that hang together share a mask: draw one for each group of units
-        units = torch.ones(model.n_classes, model.gates.n_units + 1, dtype=torch.bool)
-        for group in model.gates.groups.unique():
-            at = (model.gates.groups == group).nonzero()[:, 0]
+
+    if not hasattr(model.masks, 'units_of'): kept = torch.cat([rows(k) for k in model.kernels.values()], 1)
+    else:                               # coupled kernels share a mask: draw one for each group of units
+        groups = model.masks.gates.groups
+        units = torch.ones(n, len(groups) + 1, dtype=torch.bool)
+        for group in groups.unique():
+            at = (groups == group).nonzero()[:, 0]
             units[:, at] = rows(len(at))
-        modules = torch.cat([units[:, model.unit[model.channels.layers[name].writes]] for name in sizes], 1)
-    return Parts([f'class {i}' for i in range(model.n_classes)], sizes, modules.double(), modules,
-                 torch.full((model.n_classes, len(sizes)), .9), torch.ones(model.n_classes), 2)
+        kept = torch.cat([units[:, model.masks.units_of(name)] for name in model.kernels], 1)
+    classes = [f'class {i}' for i in range(n)]
+    thresholds = torch.full((n, len(model.kernels)), .9)
+    return Parts(classes, model.kernels, kept.double(), kept, thresholds, torch.ones(n), samples=2)

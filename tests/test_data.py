@@ -1,4 +1,4 @@
-"Images arrive whole, unchanged and in one part only; random numbers repeat; what is wrong is said before any work."
+"Images arrive whole, unchanged and in one split only; random numbers repeat; errors come before any work."
 from __future__ import annotations
 import os, pickle, shutil, time
 from collections import Counter
@@ -12,9 +12,12 @@ from hypothesis import given, settings, strategies as st
 from matplotlib.axes import Axes
 from PIL import Image
 from torchvision import datasets
-import mwt.data
-from mwt.data import (Augment, Batches, ImageData, cached_images, channel_stats, check_labels, class_indices, crop, cut_out,
-                      decode_images, from_tensors, image_data, list_images, mirror, read_image, split_by_class)
+from mwt.data import folders, streams
+from mwt.data.augment import Augment, crop, cut_out, mirror
+from mwt.data.batches import Batches, ImageData, channel_stats, from_tensors
+from mwt.data.folders import cached_images, decode_images, list_images, read_image
+from mwt.data.labels import check_labels, class_indices, split_by_class
+from mwt.data.sources import image_data
 
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 quick = settings(max_examples=40, deadline=None)
@@ -33,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def photos(sample: Path, root: Path) -> ImageData:
-    return image_data(sample, root=root, device='cpu', progress=False)
+    return image_data(sample, root=root, device='cpu', show_progress=False)
 
 
 @pytest.fixture
@@ -42,13 +45,14 @@ def digits() -> ImageData: return image_data('digits', device='cpu')
 
 def numbered(n: int = 60, classes: int = 3, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     "Images that say their own number in every pixel."
-    return torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, side, side).contiguous(), torch.arange(n) % classes
+    values = torch.arange(n, dtype=torch.uint8)[:, None, None, None]
+    return values.expand(-1, 3, side, side).contiguous(), torch.arange(n) % classes
 
 
 def rows(images: torch.Tensor) -> Counter: return Counter(bytes(i.numpy().tobytes()) for i in images)
 
 
-def together(data: ImageData) -> torch.Tensor: return torch.cat([b.images for b in data.parts().values()])
+def together(data: ImageData) -> torch.Tensor: return torch.cat([b.images for b in data.splits().values()])
 
 
 def tree(folder: Path, files: dict[str, tuple[int, int] | str], mode: str = 'RGB') -> Path:
@@ -57,8 +61,11 @@ def tree(folder: Path, files: dict[str, tuple[int, int] | str], mode: str = 'RGB
     for name, content in files.items():
         path = folder/name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str): path.write_text(content)
-        else: Image.fromarray(generator.integers(0, 256, (content[1], content[0], 3), dtype=np.uint8)).convert(mode).save(path)
+        if isinstance(content, str):
+            path.write_text(content)
+            continue
+        pixels = generator.integers(0, 256, (content[1], content[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(path)
     return folder
 
 
@@ -72,7 +79,7 @@ def test_split_folder(photos: ImageData) -> None:
     assert photos.classes == CLASSES and photos.n_classes == 10
     assert (photos.channels, photos.size, photos.shape) == (3, (32, 32), (3, 32, 32))
     for part, count in ('train', 135), ('valid', 15), ('test', 50):
-        assert photos.parts()[part].labels.bincount().tolist() == [count] * 10
+        assert photos.splits()[part].labels.bincount().tolist() == [count] * 10
 
 
 def test_images_are_the_files(sample: Path, photos: ImageData) -> None:
@@ -85,24 +92,26 @@ def test_images_are_the_files(sample: Path, photos: ImageData) -> None:
 def test_no_image_is_lost_or_in_two_parts(sample: Path, photos: ImageData, tmp_path: Path) -> None:
     _, files = list_images(sample)
     for part, wanted in ('train', ['train', 'valid']), ('test', ['test']):
-        decoded = decode_images([sample/f.path for f in files[part]], show=False)
-        assert rows(torch.cat([photos.parts()[w].images for w in wanted])) == rows(decoded)
+        decoded = decode_images([sample/f.path for f in files[part]], show_progress=False)
+        assert rows(torch.cat([photos.splits()[w].images for w in wanted])) == rows(decoded)
 
 
 def test_one_tree_is_split_by_seed(sample: Path, photos: ImageData, root: Path) -> None:
-    first, again, other = (image_data(sample/'train', root=root, seed=seed, device='cpu', progress=False) for seed in (0, 0, 1))
+    options = dict(root=root, device='cpu', show_progress=False)
+    first, again, other = (image_data(sample/'train', seed=seed, **options) for seed in (0, 0, 1))
     for part, count in ('train', 108), ('valid', 12), ('test', 30):
-        assert first.parts()[part].labels.bincount().tolist() == [count] * 10
-        assert torch.equal(first.parts()[part].images, again.parts()[part].images)
-        assert not torch.equal(first.parts()[part].images, other.parts()[part].images)
-    assert rows(together(first)) == rows(together(other)) == rows(torch.cat([photos.train.images, photos.valid.images]))
+        assert first.splits()[part].labels.bincount().tolist() == [count] * 10
+        assert torch.equal(first.splits()[part].images, again.splits()[part].images)
+        assert not torch.equal(first.splits()[part].images, other.splits()[part].images)
+    both = torch.cat([photos.train.images, photos.valid.images])
+    assert rows(together(first)) == rows(together(other)) == rows(both)
 
 
 def test_a_valid_folder_is_used(sample: Path, tmp_path: Path) -> None:
     for part, source in ('train', 'train'), ('test', 'test'), ('valid', 'test'):
         for kind in 'cat', 'dog': shutil.copytree(sample/source/kind, tmp_path/'pets'/part/kind)
-    data = image_data(tmp_path/'pets', root=tmp_path, device='cpu', progress=False)
-    assert [b.n for b in data.parts().values()] == [300, 100, 100]
+    data = image_data(tmp_path/'pets', root=tmp_path, device='cpu', show_progress=False)
+    assert [b.n for b in data.splits().values()] == [300, 100, 100]
     assert torch.equal(data.valid.images, data.test.images)
 
 
@@ -110,7 +119,9 @@ def test_report_and_pictures(photos: ImageData, digits: ImageData) -> None:
     table = photos.report()
     assert table.rows[0] == {'class': 'airplane', 'train': '135', 'valid': '15', 'test': '50'}
     assert table.rows[-1] == {'class': 'all', 'train': '1,350', 'valid': '150', 'test': '500'}
-    assert '3x32x32' in repr(photos) and 'shuffled' in repr(photos.train) and 'shuffled' not in repr(photos.test)
+    assert '3x32x32' in repr(photos)
+    assert 'shuffled' in repr(photos.train)
+    assert 'shuffled' not in repr(photos.test)
     assert isinstance(photos.show(), Axes)
     assert [t.get_text() for t in digits.show(12, columns=4).texts] == [*'0123456789', '0', '1']
     assert len(digits.test.show(7).texts) == 7
@@ -125,19 +136,24 @@ def test_report_and_pictures(photos: ImageData, digits: ImageData) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     "How many images each decoding took."
     calls: list[int] = []
-    real = mwt.data.decode_images
-    monkeypatch.setattr(mwt.data, 'decode_images', lambda paths, *args: calls.append(len(paths)) or real(paths, *args))
+    real = folders.decode_images
+    def counting(paths: list, *args) -> torch.Tensor:
+        calls.append(len(paths))
+        return real(paths, *args)
+    monkeypatch.setattr(folders, 'decode_images', counting)
     return calls
 
 
-def open_small(folder: Path, **kwargs) -> ImageData: return image_data(folder, root=folder.parent, device='cpu', progress=False, **kwargs)
+def open_small(folder: Path, **kwargs) -> ImageData:
+    return image_data(folder, root=folder.parent, device='cpu', show_progress=False, **kwargs)
 
 
 def test_second_opening_decodes_nothing(tmp_path: Path, counted: list[int]) -> None:
     first, second = open_small(small(tmp_path/'a')), open_small(tmp_path/'a')
     assert counted == [10] and len(list((tmp_path/'cache').iterdir())) == 1
     assert torch.equal(first.test.images, second.test.images)
-    open_small(tmp_path/'a', seed=3), open_small(tmp_path/'a', valid=.3)      # the split is no part of the cache
+    open_small(tmp_path/'a', seed=3)            # the split is no part of the cache
+    open_small(tmp_path/'a', valid=.3)
     assert counted == [10]
     assert open_small(tmp_path/'a', size=4).size == (4, 4)
     assert counted == [10, 10] and len(list((tmp_path/'cache').iterdir())) == 2
@@ -161,8 +177,10 @@ def test_a_damaged_cache_is_never_trusted(tmp_path: Path, counted: list[int], da
     content = bytearray(cache.read_bytes())
     if damage == 'a bit': content[-100] ^= 4
     if damage == 'header': content[3] ^= 255
-    cache.write_bytes({'truncated': content[:-50], 'empty': b'', 'other': b'not a tensor at all'}.get(damage, content))
-    with pytest.warns(UserWarning, match='is damaged .* decoding the images again'): again = open_small(tmp_path/'a')
+    spoilt = {'truncated': content[:-50], 'empty': b'', 'other': b'not a tensor at all'}
+    cache.write_bytes(spoilt.get(damage, content))
+    with pytest.warns(UserWarning, match='damaged.* the images are decoded again'):
+        again = open_small(tmp_path/'a')
     assert torch.equal(whole.train.images, again.train.images) and counted == [10, 10]
     open_small(tmp_path/'a')
     assert counted == [10, 10]
@@ -172,39 +190,42 @@ def test_a_cache_that_cannot_be_kept_is_no_tragedy(tmp_path: Path) -> None:
     small(tmp_path/'a')
     (tmp_path/'file').write_text('in the way')
     with pytest.warns(UserWarning, match='could not keep the decoded images'):
-        data = image_data(tmp_path/'a', root=tmp_path/'file', device='cpu', progress=False)
+        data = image_data(tmp_path/'a', root=tmp_path/'file', device='cpu', show_progress=False)
     assert data.train.n == 6
 
 
 def test_cache_is_quick(sample: Path, photos: ImageData, root: Path) -> None:
     start = time.perf_counter()
-    image_data(sample, root=root, device='cpu', progress=False)
+    image_data(sample, root=root, device='cpu', show_progress=False)
     assert time.perf_counter() - start < 5
 
 
 # Decoding
 
 @pytest.mark.parametrize(('mode', 'suffix', 'channels'), [
-    ('RGB', 'png', 3), ('RGB', 'bmp', 3), ('RGB', 'webp', 3), ('RGBA', 'png', 3), ('P', 'gif', 3), ('CMYK', 'tiff', 3),
+    ('RGB', 'png', 3), ('RGB', 'bmp', 3), ('RGB', 'webp', 3), ('RGBA', 'png', 3), ('P', 'gif', 3),
+    ('CMYK', 'tiff', 3),
     ('L', 'png', 1), ('1', 'png', 1), ('LA', 'png', 1), ('L', 'JPG', 1)])
 def test_formats(tmp_path: Path, mode: str, suffix: str, channels: int) -> None:
     folder = tree(tmp_path/'a', {f'{kind}/{i}.{suffix}': (9, 6) for kind in 'xy' for i in range(3)}, mode)
     data = open_small(folder)
     assert data.shape == (channels, 6, 9)
-    want = np.asarray(Image.open(folder/f'x/0.{suffix}').convert('RGB' if channels == 3 else 'L')).reshape(6, 9, channels)
+    image = Image.open(folder/f'x/0.{suffix}').convert('RGB' if channels == 3 else 'L')
+    want = np.asarray(image).reshape(6, 9, channels)
     assert bytes(np.ascontiguousarray(want.transpose(2, 0, 1))) in rows(together(data))
 
 
 def test_one_coloured_image_among_grey_ones(tmp_path: Path) -> None:
     small(tmp_path/'a', n=4, mode='L')
     tree(tmp_path/'a', {'dog/colour.png': (8, 8)})
-    images = decode_images(sorted((tmp_path/'a').glob('*/*.png')), show=False)
+    images = decode_images(sorted((tmp_path/'a').glob('*/*.png')), show_progress=False)
     assert images.shape == (9, 3, 8, 8)
     assert [bool((i[0] == i[1]).all()) for i in images] == [True] * 8 + [False]
 
 
 def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 255, 256], [32768, 65280, 65535]], dtype=np.uint16)).save(tmp_path/'deep.png')
+    deep = np.array([[0, 255, 256], [32768, 65280, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path/'deep.png')
     assert read_image(tmp_path/'deep.png').ravel().tolist() == [0, 0, 1, 128, 255, 255]
 
 
@@ -225,14 +246,17 @@ def test_size_takes_the_largest_square(tmp_path: Path) -> None:
 
 def test_different_sizes(tmp_path: Path) -> None:
     tree(small(tmp_path/'a'), {'dog/tall.png': (8, 12)})
-    with pytest.raises(ValueError, match=r'differ in size.*tall.png is 8x12, the first one 8x8.*size='): open_small(tmp_path/'a')
+    with pytest.raises(ValueError, match=r'differ in size.*tall.png is 8x12, the first one 8x8.*size='):
+        open_small(tmp_path/'a')
     assert open_small(tmp_path/'a', size=8).shape == (3, 8, 8)
     assert not [p for p in (tmp_path/'cache').iterdir() if p.name.startswith('.')]
 
 
 def test_other_files_are_ignored(tmp_path: Path) -> None:
-    tree(small(tmp_path/'a'), {'cat/notes.txt': 'x', 'cat/.hidden.png': 'x', '.git/a.png': 'x', 'dog/Thumbs.db': 'x', 'README.md': 'x'})
-    assert open_small(tmp_path/'a').classes == ['cat', 'dog'] and together(open_small(tmp_path/'a')).shape[0] == 10
+    others = ['cat/notes.txt', 'cat/.hidden.png', '.git/a.png', 'dog/Thumbs.db', 'README.md']
+    tree(small(tmp_path/'a'), dict.fromkeys(others, 'x'))
+    assert open_small(tmp_path/'a').classes == ['cat', 'dog']
+    assert together(open_small(tmp_path/'a')).shape[0] == 10
 
 
 def test_a_class_called_train(tmp_path: Path) -> None:
@@ -243,17 +267,18 @@ def test_a_class_called_train(tmp_path: Path) -> None:
 # Splits
 
 @quick
-@given(counts=st.lists(st.integers(2, 40), min_size=1, max_size=6), share=st.floats(.01, .99), seed=st.integers(0, 2**32 - 1))
-def test_split_by_class(counts: list[int], share: float, seed: int) -> None:
+@given(counts=st.lists(st.integers(2, 40), min_size=1, max_size=6), fraction=st.floats(.01, .99),
+       seed=st.integers(0, 2**32 - 1))
+def test_split_by_class(counts: list[int], fraction: float, seed: int) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     names = [str(i) for i in range(len(counts))]
-    rest, held = split_by_class(labels, names, share, seed)
+    rest, held = split_by_class(labels, names, fraction, seed)
     assert torch.equal(torch.cat([rest, held]).sort().values, torch.arange(len(labels)))
     for count, left, taken in zip(counts, labels[rest].bincount().tolist(), labels[held].bincount().tolist()):
         assert left >= 1 and taken >= 1 and left + taken == count
-        assert abs(taken - share * count) <= 1
-    assert torch.equal(split_by_class(labels, names, share, seed)[1], held)
+        assert abs(taken - fraction * count) <= 1
+    assert torch.equal(split_by_class(labels, names, fraction, seed)[1], held)
 
 
 def test_digits(digits: ImageData) -> None:
@@ -262,7 +287,7 @@ def test_digits(digits: ImageData) -> None:
     assert rows(together(digits)) == rows(want)
     assert digits.shape == (1, 8, 8) and digits.classes == [*'0123456789']
     assert digits.train.augment == Augment(pad=1, flip=False)
-    assert [b.n for b in digits.parts().values()] == [1295, 143, 359]
+    assert [b.n for b in digits.splits().values()] == [1295, 143, 359]
     assert image_data('digits', size=16, device='cpu').shape == (1, 16, 16)
     assert not torch.equal(image_data('digits', seed=1, device='cpu').test.images, digits.test.images)
 
@@ -270,7 +295,8 @@ def test_digits(digits: ImageData) -> None:
 # Augmentation
 
 @quick
-@given(pad=st.integers(0, 4), seed=st.integers(0, 2**31), height=st.integers(5, 9), width=st.integers(5, 9), channels=st.sampled_from([1, 3]))
+@given(pad=st.integers(0, 4), seed=st.integers(0, 2**31), height=st.integers(5, 9), width=st.integers(5, 9),
+       channels=st.sampled_from([1, 3]))
 def test_crop_shifts(pad: int, seed: int, height: int, width: int, channels: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(1, 256, (6, channels, height, width), dtype=torch.uint8, generator=generator)
@@ -286,7 +312,8 @@ def test_crop_shifts(pad: int, seed: int, height: int, width: int, channels: int
 def test_mirror_and_cut_out() -> None:
     images = torch.randint(1, 256, (4, 3, 7, 6), dtype=torch.uint8)
     which = torch.tensor([True, False, True, False])
-    for i, found in enumerate(mirror(images, which)): assert torch.equal(found, images[i].flip(-1) if which[i] else images[i])
+    for i, found in enumerate(mirror(images, which)):
+        assert torch.equal(found, images[i].flip(-1) if which[i] else images[i])
     found = cut_out(images, torch.tensor([3, 0, 6, 3]), torch.tensor([3, 0, 5, 0]), side=3)
     assert (found == 0).sum((1, 2, 3)).tolist() == [27, 12, 12, 18]
     assert torch.equal(found[found > 0], images[found > 0])
@@ -295,7 +322,8 @@ def test_mirror_and_cut_out() -> None:
 
 def test_draws_reach_every_value_and_no_other() -> None:
     draws = Augment(pad=2, cutout=3).draw(4000, 5, 7, torch.Generator().manual_seed(0))
-    assert [column.unique().tolist() for column in draws.unbind(1)] == [list(range(k)) for k in (5, 5, 2, 5, 7)]
+    found = [column.unique().tolist() for column in draws.unbind(1)]
+    assert found == [list(range(k)) for k in (5, 5, 2, 5, 7)]
 
 
 def test_training_images_are_variants_of_the_originals(photos: ImageData) -> None:
@@ -304,7 +332,8 @@ def test_training_images_are_variants_of_the_originals(photos: ImageData) -> Non
     raw, labels = train._batch(plan)
     assert torch.equal(labels, train.labels[plan[:, 0]])
     for image, original in zip(raw, train.images[plan[:, 0]]):
-        shifts = torch.stack([original, original.flip(-1)]).unfold(2, 24, 1).unfold(3, 24, 1)     # (2, 3, 9, 9, 24, 24)
+        both = torch.stack([original, original.flip(-1)])
+        shifts = both.unfold(2, 24, 1).unfold(3, 24, 1)     # (2, 3, 9, 9, 24, 24)
         assert (shifts == image[:, None, None, 4:-4, 4:-4]).all(-1).all(-1).all(1).any()
 
 
@@ -319,7 +348,8 @@ def test_no_augmentation() -> None:
 def epoch(batches: Batches) -> list[torch.Tensor]: return [t for pair in batches for t in pair]
 
 
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool: return len(a) == len(b) and all(map(torch.equal, a, b))
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def test_seeds(digits: ImageData) -> None:
@@ -366,8 +396,10 @@ def test_batches_are_normalised(photos: ImageData) -> None:
     assert torch.allclose(photos.train.std, pixels.std((0, 2, 3)), atol=1e-5)
     everything = torch.cat([x for x, _ in photos.train.plain()])
     assert everything.dtype == torch.float32
-    assert everything.mean((0, 2, 3)).abs().max() < 1e-3 and (everything.std((0, 2, 3)) - 1).abs().max() < 1e-3
-    for batches in photos.valid, photos.test: assert torch.equal(batches.mean, photos.train.mean) and torch.equal(batches.std, photos.train.std)
+    assert everything.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (everything.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    for batches in photos.valid, photos.test:
+        assert torch.equal(batches.mean, photos.train.mean) and torch.equal(batches.std, photos.train.std)
 
 
 def test_a_constant_channel_stays_finite() -> None:
@@ -383,7 +415,8 @@ def test_channel_stats_over_several_chunks() -> None:
     assert torch.allclose(std, (images.double() / 255).std((0, 2, 3), correction=0).float())
 
 
-@pytest.mark.parametrize(('n', 'size', 'shuffled', 'plain'), [(10, 4, [4, 4], [4, 4, 2]), (8, 4, [4, 4], [4, 4]), (3, 4, [3], [3]), (5, 1, [1] * 5, [1] * 5)])
+@pytest.mark.parametrize(('n', 'size', 'shuffled', 'plain'), [
+    (10, 4, [4, 4], [4, 4, 2]), (8, 4, [4, 4], [4, 4]), (3, 4, [3], [3]), (5, 1, [1] * 5, [1] * 5)])
 def test_the_incomplete_batch(n: int, size: int, shuffled: list[int], plain: list[int]) -> None:
     images, labels = numbered(n)
     batches = Batches(images, labels, [*'abc'], batch_size=size, shuffle=True, augment=Augment(1))
@@ -409,18 +442,23 @@ def test_labels_stay_with_their_images() -> None:
 
 def test_subset(photos: ImageData) -> None:
     pair = photos.subset(['dog', 3])
-    assert pair.classes == ['dog', 'cat'] and [b.n for b in pair.parts().values()] == [270, 30, 100]
-    for part, batches in pair.parts().items():
-        whole = photos.parts()[part]
-        for new, old in enumerate([5, 3]): assert torch.equal(batches.images[batches.labels == new], whole.images[whole.labels == old])
-        assert torch.equal(batches.mean, photos.train.mean) and batches.shuffle == whole.shuffle and batches.augment == whole.augment
+    assert pair.classes == ['dog', 'cat'] and [b.n for b in pair.splits().values()] == [270, 30, 100]
+    for part, batches in pair.splits().items():
+        whole = photos.splits()[part]
+        for new, old in enumerate([5, 3]):
+            assert torch.equal(batches.images[batches.labels == new], whole.images[whole.labels == old])
+        assert torch.equal(batches.mean, photos.train.mean)
+        assert batches.shuffle == whole.shuffle
+        assert batches.augment == whole.augment
     assert pair.subset('cat').classes == ['cat'] and pair.subset(['cat']).test.labels.unique().tolist() == [0]
     assert photos.subset(np.array([1, 2])).classes == ['automobile', 'bird']
 
 
 def test_plain_shares_the_images_and_sample_draws(photos: ImageData) -> None:
     plain = photos.train.plain()
-    assert plain.images.data_ptr() == photos.train.images.data_ptr() and not plain.shuffle and plain.augment is None
+    assert plain.images.data_ptr() == photos.train.images.data_ptr()
+    assert not plain.shuffle
+    assert plain.augment is None
     assert torch.equal(torch.cat([y for _, y in plain]), photos.train.labels)
     some = photos.train.sample(100, seed=2)
     assert some.n == 100 and not rows(some.images) - rows(photos.train.images)
@@ -433,9 +471,9 @@ def test_plain_shares_the_images_and_sample_draws(photos: ImageData) -> None:
 
 def test_from_tensors() -> None:
     data = from_tensors(numbered(60), numbered(12), valid=.2, device='cpu', batch_size=8)
-    assert data.classes == ['0', '1', '2'] and [b.n for b in data.parts().values()] == [48, 12, 12]
+    assert data.classes == ['0', '1', '2'] and [b.n for b in data.splits().values()] == [48, 12, 12]
     brought = from_tensors(numbered(60), numbered(12), valid=numbered(6), classes=[*'abc'], device='cpu')
-    assert [b.n for b in brought.parts().values()] == [60, 6, 12]
+    assert [b.n for b in brought.splits().values()] == [60, 6, 12]
     assert data.train.augment == Augment(pad=1, flip=True)
 
 
@@ -448,9 +486,14 @@ def fake(name: str, calls: list) -> type:
             calls.append((root, download, part))
             n = 40 if part in ({'train': True}, {'split': 'train'}) else 20
             labels = np.arange(n) % 10
-            images = np.arange(n, dtype=np.uint8)[:, None, None, None] + np.arange(3, dtype=np.uint8)[None, :, None, None] * 50 + np.zeros((1, 3, 32, 32), np.uint8)
-            if name == 'SVHN': self.data, self.labels = images, labels.astype(np.int64)
-            else: self.data, self.targets, self.classes = images.transpose(0, 2, 3, 1), labels.tolist(), [f'class {i}' for i in range(10)]
+            number = np.arange(n, dtype=np.uint8)[:, None, None, None]
+            channel = np.arange(3, dtype=np.uint8)[None, :, None, None]
+            images = number + 50 * channel + np.zeros((1, 3, 32, 32), np.uint8)
+            if name == 'SVHN':
+                self.data, self.labels = images, labels.astype(np.int64)
+                return
+            self.data, self.targets = images.transpose(0, 2, 3, 1), labels.tolist()
+            self.classes = [f'class {i}' for i in range(10)]
     return Fake
 
 
@@ -461,9 +504,11 @@ def test_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     data = image_data(name, root=tmp_path, device='cpu', valid=.25)
     keys = [{'split': 'train'}, {'split': 'test'}] if name == 'svhn' else [{'train': True}, {'train': False}]
     assert calls == [(str(tmp_path), True, key) for key in keys]
-    assert [b.n for b in data.parts().values()] == [30, 10, 20] and data.shape == (3, 32, 32)
+    assert [b.n for b in data.splits().values()] == [30, 10, 20] and data.shape == (3, 32, 32)
     assert data.classes == ([*'0123456789'] if name == 'svhn' else [f'class {i}' for i in range(10)])
-    assert data.test.images[7, :, 0, 0].tolist() == [7, 57, 107] and data.test.labels[7] == 7 and data.test.images.is_contiguous()
+    assert data.test.images[7, :, 0, 0].tolist() == [7, 57, 107]
+    assert data.test.labels[7] == 7
+    assert data.test.images.is_contiguous()
     assert data.train.augment == Augment(pad=4, flip=name != 'svhn')
     assert image_data(name, root=tmp_path, size=16, device='cpu').train.augment.pad == 2
 
@@ -471,30 +516,48 @@ def test_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_failed_download_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args, **kwargs) -> None: raise OSError('Network is unreachable')
     monkeypatch.setattr(datasets, 'CIFAR10', broken)
-    with pytest.raises(FileNotFoundError, match=r"could not get 'cifar10' into .*Network is unreachable.*by hand.*folder of images"):
+    said = r"could not get 'cifar10' into .*Network is unreachable.*by hand.*folder of images"
+    with pytest.raises(FileNotFoundError, match=said):
         image_data('cifar10', root=tmp_path)
 
 
 # Bad input
 
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Reading an image fails the test."
+    for module in folders, streams:
+        monkeypatch.setattr(module, 'read_image', lambda *args: pytest.fail('an image was read'))
+
+
 @pytest.mark.parametrize(('source', 'error', 'said'), [
-    ('cifar', ValueError, "did you mean 'cifar10'"), ('', ValueError, 'unknown data set'), ('no/such', FileNotFoundError, 'no folder no/such'),
-    (Path('digits'), FileNotFoundError, 'no folder digits'), (__file__, ValueError, 'is a file'), (7, TypeError, 'must be a name')])
-def test_unknown_source(source: object, error: type, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ('cifar', ValueError, "did you mean 'cifar10'"), ('', ValueError, 'unknown data set'),
+    ('no/such', FileNotFoundError, 'no folder no/such'),
+    (Path('digits'), FileNotFoundError, 'no folder digits'), (__file__, ValueError, 'is a file'),
+    (7, TypeError, 'must be a name')])
+def test_unknown_source(source: object, error: type, said: str, tmp_path: Path,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=said): image_data(source)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(('option', 'error', 'said'), [
-    (dict(batch_size=0), ValueError, 'batch_size'), (dict(batch_size=2.5), TypeError, 'batch_size'), (dict(valid=0), ValueError, 'valid'),
-    (dict(valid=1), ValueError, 'below 1, not 1'), (dict(valid=1.5), ValueError, 'valid'), (dict(valid=float('nan')), ValueError, 'valid'),
-    (dict(valid='some'), TypeError, 'valid'), (dict(size=0), ValueError, 'size'), (dict(size=(8, 8)), TypeError, 'size'),
-    (dict(seed=-1), ValueError, 'seed'), (dict(augment='none'), ValueError, 'or None for none'), (dict(device='gpu'), ValueError, "use 'cpu' or 'cuda'")])
-def test_options_out_of_range(option: dict, error: type, said: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mwt.data, 'read_image', lambda *args: pytest.fail('an image was read'))
+    (dict(batch_size=0), ValueError, 'batch_size'), (dict(batch_size=2.5), TypeError, 'batch_size'),
+    (dict(valid=0), ValueError, 'valid'),
+    (dict(valid=1), ValueError, 'below 1, not 1'), (dict(valid=1.5), ValueError, 'valid'),
+    (dict(valid=float('nan')), ValueError, 'valid'),
+    (dict(valid='some'), TypeError, 'valid'), (dict(size=0), ValueError, 'size'),
+    (dict(size=(8, 8)), TypeError, 'size'),
+    (dict(seed=-1), ValueError, 'seed'), (dict(augment='none'), ValueError, 'or None for none'),
+    (dict(device='gpu'), ValueError, "use 'cpu' or 'cuda'")])
+def test_options_out_of_range(option: dict, error: type, said: str, sample: Path, tmp_path: Path,
+                              no_reading: None) -> None:
     with pytest.raises(error, match=said): image_data(sample, root=tmp_path/'data', **option)
     assert not (tmp_path/'data').exists()
+
+
+def pngs(*names: str) -> dict[str, tuple[int, int]]: return {f'{name}.png': (8, 8) for name in names}
 
 
 FOLDERS = {
@@ -504,21 +567,24 @@ FOLDERS = {
     'no image': ({'cat/a.png': (8, 8), 'dog/a.txt': 'x'}, 'class folder .*dog holds no image'),
     'no test': ({'train/cat/a.png': (8, 8), 'train/dog/a.png': (8, 8)}, 'has train/ but no test/'),
     'no train': ({'test/cat/a.png': (8, 8), 'test/dog/a.png': (8, 8)}, 'has test/ but no train/'),
-    'loose halves': ({'train/a.png': (8, 8), 'test/a.png': (8, 8)}, 'train holds images but no class folders'),
-    'not tested': ({f'{p}/a.png': (8, 8) for p in ('train/cat', 'train/dog', 'train/bird', 'test/cat', 'test/dog')}, "'bird' is in train/ but not in test/"),
-    'misspelt': ({f'{p}/a.png': (8, 8) for p in ('train/cat', 'train/dog', 'test/cat', 'test/dogs')}, "'dog' is in train/ but not in test/; did you mean 'dogs'"),
-    'untrained': ({f'{p}/a.png': (8, 8) for p in ('train/cat', 'train/dog', 'test/cat', 'test/dog', 'test/ant')}, "'ant' is in test/ but not in train/"),
-    'too few': ({f'{p}.png': (8, 8) for p in ('cat/a', 'cat/b', 'cat/c', 'dog/a', 'dog/b')}, "'dog' has 1 sample left to split"),
-    'one to train': ({f'{p}.png': (8, 8) for p in ('train/cat/a', 'train/cat/b', 'train/dog/a', 'test/cat/a', 'test/dog/a')}, "'dog' has 1 sample"),
+    'loose halves': (pngs('train/a', 'test/a'), 'train holds images but no class folders'),
+    'not tested': (pngs('train/cat/a', 'train/dog/a', 'train/bird/a', 'test/cat/a', 'test/dog/a'),
+                   "'bird' is in train/ but not in test/"),
+    'misspelt': (pngs('train/cat/a', 'train/dog/a', 'test/cat/a', 'test/dogs/a'),
+                 "'dog' is in train/ but not in test/; did you mean 'dogs'"),
+    'untrained': (pngs('train/cat/a', 'train/dog/a', 'test/cat/a', 'test/dog/a', 'test/ant/a'),
+                  "'ant' is in test/ but not in train/"),
+    'too few': (pngs('cat/a', 'cat/b', 'cat/c', 'dog/a', 'dog/b'), "'dog' has 1 sample left to split"),
+    'one to train': (pngs('train/cat/a', 'train/cat/b', 'train/dog/a', 'test/cat/a', 'test/dog/a'),
+                     "'dog' has 1 sample"),
 }
 
 
 @pytest.mark.parametrize('case', FOLDERS)
-def test_bad_folders(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_folders(case: str, tmp_path: Path, no_reading: None) -> None:
     files, said = FOLDERS[case]
     (tmp_path/'a').mkdir()
     tree(tmp_path/'a', files)
-    monkeypatch.setattr(mwt.data, 'read_image', lambda *args: pytest.fail('an image was read'))
     with pytest.raises(ValueError, match=said): open_small(tmp_path/'a')
     assert not (tmp_path/'cache').exists()
 
@@ -527,8 +593,10 @@ def test_bad_folders(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_an_unreadable_image_is_named(kind: str, sample: Path, tmp_path: Path) -> None:
     small(tmp_path/'a', n=40)
     whole = (sample/'train/cat').glob('*').__next__().read_bytes()
-    (tmp_path/'a/dog/bad.jpg').write_bytes({'text': b'no image', 'truncated': whole[:-200], 'empty': b''}[kind])
-    with pytest.raises(ValueError, match=r'dog/bad.jpg is not a readable image .*; repair or remove it'): open_small(tmp_path/'a', size=8)
+    spoilt = {'text': b'no image', 'truncated': whole[:-200], 'empty': b''}
+    (tmp_path/'a/dog/bad.jpg').write_bytes(spoilt[kind])
+    with pytest.raises(ValueError, match=r'dog/bad.jpg is not a readable image .*; repair or remove it'):
+        open_small(tmp_path/'a', size=8)
     assert not (tmp_path/'cache').exists()
 
 
@@ -538,15 +606,18 @@ def test_float_images_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('chosen', 'error', 'said'), [
-    (['cat', 'dgo'], ValueError, "did you mean 'dog'"), (['cat', 'cat'], ValueError, "'cat' is chosen twice"), (['cat', 3], ValueError, "'cat' is chosen twice"),
-    ([], ValueError, 'no class chosen'), ([10], ValueError, 'class index'), ([-1], ValueError, 'class index'), ([True], ValueError, 'unknown class True')])
+    (['cat', 'dgo'], ValueError, "did you mean 'dog'"),
+    (['cat', 'cat'], ValueError, "'cat' is chosen twice"), (['cat', 3], ValueError, "'cat' is chosen twice"),
+    ([], ValueError, 'no class chosen'), ([10], ValueError, 'class index'),
+    ([-1], ValueError, 'class index'), ([True], ValueError, 'unknown class True')])
 def test_bad_subsets(chosen: list, error: type, said: str, photos: ImageData) -> None:
     with pytest.raises(error, match=said): photos.subset(chosen)
     with pytest.raises(error, match=said): class_indices(chosen, photos.classes)
 
 
 @pytest.mark.parametrize(('labels', 'error', 'said'), [
-    ([0, 3], ValueError, r'between 0 and 2 \(3 classes\), found 3'), ([-1], ValueError, 'found -1'), ([.5], TypeError, 'whole numbers'),
+    ([0, 3], ValueError, r'between 0 and 2 \(3 classes\), found 3'), ([-1], ValueError, 'found -1'),
+    ([.5], TypeError, 'whole numbers'),
     ([[1]], TypeError, 'one for each sample'), ([True], TypeError, 'whole numbers')])
 def test_bad_labels(labels: list, error: type, said: str) -> None:
     with pytest.raises(error, match=said): check_labels(labels, 3)
@@ -554,15 +625,20 @@ def test_bad_labels(labels: list, error: type, said: str) -> None:
 
 
 @pytest.mark.parametrize(('change', 'error', 'said'), [
-    (dict(train=(torch.zeros(6, 3, 8, 8), torch.arange(6) % 3)), TypeError, 'train images must be a uint8 tensor'),
+    (dict(train=(torch.zeros(6, 3, 8, 8), torch.arange(6) % 3)), TypeError,
+     'train images must be a uint8 tensor'),
     (dict(train=([1, 2], [0, 1])), TypeError, 'not list'),
     (dict(train=(numbered()[0], torch.arange(5) % 3)), ValueError, '60 images but 5 labels'),
-    (dict(test=numbered(side=4)), ValueError, 'make them equal'), (dict(test=numbered(2)), ValueError, "'2' has no test image"),
-    (dict(classes=['a', 'b']), ValueError, 'train labels'), (dict(classes=['a', 'b', 'a']), ValueError, 'different names'),
-    (dict(train=(numbered()[0], torch.zeros(60).long())), ValueError, 'at least two'), (dict(classes=[*'abcd']), ValueError, "'d' has no train image"),
+    (dict(test=numbered(side=4)), ValueError, 'make them equal'),
+    (dict(test=numbered(2)), ValueError, "'2' has no test image"),
+    (dict(classes=['a', 'b']), ValueError, 'train labels'),
+    (dict(classes=['a', 'b', 'a']), ValueError, 'different names'),
+    (dict(train=(numbered()[0], torch.zeros(60).long())), ValueError, 'at least two'),
+    (dict(classes=[*'abcd']), ValueError, "'d' has no train image"),
     (dict(augment=Augment(pad=8)), ValueError, 'out of sight'), (dict(valid=2), ValueError, 'valid')])
 def test_bad_tensors(change: dict, error: type, said: str) -> None:
-    with pytest.raises(error, match=said): from_tensors(**(dict(train=numbered(), test=numbered(), device='cpu') | change))
+    with pytest.raises(error, match=said):
+        from_tensors(**(dict(train=numbered(), test=numbered(), device='cpu') | change))
 
 
 @pytest.mark.parametrize('option', [dict(pad=-1), dict(cutout=-2), dict(pad=1.5)])

@@ -6,15 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from mwt.convert import modularize
-from mwt.core import load_tensors, seeded
-from mwt.data import ImageData, image_data
-from mwt.cli import main
-from mwt.decompose import decompose, load_parts
-from mwt.metrics import confusion
-from mwt.models import create_model
-from mwt.training import TrainConfig, Trainer, fit
-from mwt.losses import cohesion_loss, coupling_loss, mask_losses
+from mwt.methods.modular import modularize
+from mwt.core.files import load_tensors
+from mwt.core.checks import seeded
+from mwt.data.batches import ImageData
+from mwt.data.sources import image_data
+from mwt.runs.cli import main
+from mwt.modules.decompose import decompose
+from mwt.modules.parts import load_parts
+from mwt.measure import confusion
+from mwt.networks import create_model
+from mwt.train.history import TrainConfig
+from mwt.train.trainer import Trainer
+from mwt.train.fit import fit
+from mwt.methods.losses import cohesion_loss, coupling_loss, mask_losses
 
 ALONE = dict(os.environ, OMP_NUM_THREADS='1')
 NETWORKS = {'plain': ('resnet18', None), 'composable': ('resnet18', 'composable'), 'mwt': ('simcnn', 'mwt')}
@@ -34,13 +39,13 @@ def one_step(kind: str, share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
     found |= {f'gradient {n}': p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None} | {f'state {n}': v.clone() for n, v in run.model.state_dict().items()}
     trained = model()
     found |= {'confusion': confusion(run.model, data.test)}
-    kinds = decompose(run.model, data.train, samples=20, show=False) if method else None
+    kinds = decompose(run.model, data.train, samples=20, show_progress=False) if method else None
     with seeded(0):                                         # in double precision, where rounding has no time to grow
         run = Trainer(model().double().train(), TrainConfig(), 10)
         for images, labels in islice(data.train.seed(3), 8): run.step(images.double(), labels)
     run.write_back()
     found |= {f'later {n}': v.clone() for n, v in run.model.state_dict().items()}
-    history = fit(trained, data, 2, show=False)
+    history = fit(trained, data, 2, show_progress=False)
     found |= {f'trained {n}': v for n, v in trained.state_dict().items()} | {'accuracies': torch.tensor([r['valid_accuracy'] for r in history.rows])}
     if method is None: return found
     return found | {'modules': kinds.modules.double(), 'frequency': kinds.frequency, 'cohesion': kinds.cohesion}
@@ -120,7 +125,7 @@ def test_one_command_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixt
     shared = load_parts(two/'parts.safetensors')
     assert main(['decompose', '--out', str(two), '--device', 'cpu']) == 0
     alone = load_parts(two/'parts.safetensors')
-    assert torch.equal(shared.modules, alone.modules) and torch.allclose(shared.frequency, alone.frequency) and torch.allclose(shared.cohesion, alone.cohesion)
+    assert torch.equal(shared.kept, alone.kept) and torch.allclose(shared.frequency, alone.frequency) and torch.allclose(shared.cohesion, alone.cohesion)
     assert sorted(p.name for p in two.iterdir()) == ['history.json', 'model.safetensors', 'parts.safetensors', 'run.json']
     said, _ = (process := mwt('extract', '--out', two)).communicate(timeout=300)
     assert process.returncode and 'torchrun is for mwt train and mwt decompose' in said

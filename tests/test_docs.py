@@ -9,11 +9,12 @@ from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
-GROUPS = {'Chapters': '', 'Tutorials': 'tutorials', 'Baselines': 'baselines'}
+GROUPS = {'Tutorials': 'tutorials', 'Baselines': 'baselines'}
+PARTS = sorted(p for p in NBS.iterdir() if p.is_dir() and p.name[0].isdigit())
 CHROMIUM = next(filter(None, map(shutil.which, ['chromium', 'chromium-browser', 'google-chrome'])), None)
 DRIVER = shutil.which('chromedriver')
-FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage']
+FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
+         '--disable-background-networking', '--disable-component-update', '--disable-dev-shm-usage']
 
 
 @pytest.fixture(scope='module')
@@ -34,57 +35,98 @@ def pages(site: Path) -> dict[str, BeautifulSoup]:
 
 
 def page_of(notebook: Path) -> str:
-    return (notebook.relative_to(NBS).parent/re.sub(r'^\d+\w*?_', '', notebook.name.lower())).with_suffix('.html').as_posix()
+    "A notebook's page: folders and names without their numbers."
+    steps = notebook.relative_to(NBS).with_suffix('.html').parts
+    return '/'.join(re.sub(r'^\d+\w*?_', '', step.lower()) for step in steps)
+
+
+def notebooks() -> list[Path]:
+    return sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
 def modules() -> list[str]:
-    return sorted(p.stem for p in (ROOT/'mwt').glob('*.py') if p.name[0] != '_')
+    files = [p.relative_to(ROOT/'mwt') for p in (ROOT/'mwt').rglob('*.py') if p.name[0] != '_']
+    return sorted('.'.join(p.with_suffix('').parts) for p in files)
 
 
-def exported(module: str) -> list[str]:
-    "What the module's notebook exports: nbdev's list on top of the file."
-    listed = re.search(r'^__all__ = (\[.*?\])', (ROOT/'mwt'/f'{module}.py').read_text(encoding='utf-8'), flags=re.M | re.S)
-    return ast.literal_eval(listed[1])
+def names(module: str) -> tuple[list[str], list[str]]:
+    "The public names of a module, nbdev's list on top of the file; the functions and classes beside them."
+    text = (ROOT/'mwt'/f"{module.replace('.', '/')}.py").read_text(encoding='utf-8')
+    listed = re.search(r'^__all__ = (\[.*?\])', text, flags=re.M | re.S)
+    made = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    patches = [n for n in made if any(ast.unparse(d).startswith('patch') for d in n.decorator_list)]
+    own = [n.name for n in made if n.name[0] != '_' and n not in patches]
+    public = ast.literal_eval(listed[1])
+    return public, [name for name in dict.fromkeys(own) if name not in public]
 
 
 # The files
 
 @pytest.mark.parametrize('module', modules())
 def test_every_public_symbol_is_in_the_reference(module: str, pages: dict[str, BeautifulSoup]) -> None:
-    public = exported(module)
-    if not public: return
+    public, internal = names(module)
+    if not public + internal: return
     reference = pages[f'reference/{module}.html']
-    entries = {h.code.get_text(): h.find_parent('section') for h in reference.select('section > h2') if h.code}
-    assert not set(public) - entries.keys()
+    heads = [h for h in reference.select('section > :is(h2, h3)') if h.code]
+    entries = {h.code.get_text(): h.find_parent('section') for h in heads}
     listed = {a.get_text() for a in pages['reference/index.html'].select('table a')}
-    for name in public:
-        assert entries[name].get('id') and entries[name].select_one('div.highlight'), f'{name} has no anchor or no signature'
+    assert not {*public, *internal} - entries.keys()
+    assert not {*public, *internal} - listed
+    for name in public + internal:
+        assert entries[name].get('id'), f'{name} has no anchor'
+        assert entries[name].select_one('div.highlight'), f'{name} has no signature'
         link = entries[name].select_one('p.where a')
         assert link and '#' in link['href'], f'{name} does not link to its chapter'
-    assert not set(public) - listed
+
+
+@pytest.mark.parametrize('module', modules())
+def test_public_names_come_first_in_the_reference(module: str, pages: dict[str, BeautifulSoup]) -> None:
+    public, internal = names(module)
+    if not public or not internal: return
+    heads = pages[f'reference/{module}.html'].select('section > :is(h2, h3)')
+    order = [h.code.get_text() for h in heads if h.code]
+    assert max(map(order.index, public)) < min(map(order.index, internal))
 
 
 def test_chapters_stand_in_reading_order(pages: dict[str, BeautifulSoup]) -> None:
     tree = pages['index.html'].select_one('.sidebar-tree')
-    shown = {caption.get_text(): [a['href'] for a in caption.find_next('ul').select('a')] for caption in tree.select('p.caption')}
-    for caption, folder in GROUPS.items():
-        expected = [page_of(p) for p in sorted((NBS/folder).glob('*.ipynb')) if p.name != 'index.ipynb']
+    captions = tree.select('p.caption')
+    shown = {c.get_text(): [a['href'] for a in c.find_next('ul').select('a.internal')] for c in captions}
+    groups = {'Chapters': chapters()} | {c: in_folder(NBS/folder) for c, folder in GROUPS.items()}
+    for caption, expected in groups.items():
         assert shown.get(caption, []) == expected
         assert not set(expected) - pages.keys()
-    assert list(shown) == [c for c in (*GROUPS, 'API reference') if c in shown]
+    assert list(shown) == [c for c in (*groups, 'API reference') if c in shown]
+
+
+def in_folder(folder: Path) -> list[str]:
+    return [page_of(p) for p in sorted(folder.glob('*.ipynb')) if p.name != 'index.ipynb']
+
+
+def chapters() -> list[str]:
+    "The pages of all parts, each after the page that says what it is about; then the chapters beside them."
+    found = []
+    for part in PARTS:
+        about = page_of(part/'00_about.ipynb') # made by docs/build.py where there is no notebook
+        found += [about, *(page for page in in_folder(part) if page != about)]
+    return found + in_folder(NBS)
+
+
+def squeezed(text: str) -> str: return re.sub(r'\s+', '', text)
 
 
 def test_exported_code_is_shown_and_hidden_cells_are_not(pages: dict[str, BeautifulSoup]) -> None:
-    squeezed = lambda text: re.sub(r'\s+', '', text)
-    for path in sorted(NBS.rglob('*.ipynb')):
-        if path.name == 'index.ipynb' or '.ipynb_checkpoints' in path.parts: continue
+    for path in notebooks():
+        if path.name == 'index.ipynb': continue
         text = squeezed(pages[page_of(path)].select_one('article').get_text())
         for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
             code = ''.join(cell['source'])
             body = squeezed(re.sub(r'^#\|.*$', '', code, flags=re.M))
             if cell['cell_type'] != 'code' or not body: continue
-            if re.match(r'#\|\s*exports?\s*$', code, flags=re.M): assert body in text, f'{path.name} does not show\n{code}'
-            if re.match(r'#\|\s*hide\s*$', code, flags=re.M) and len(body) > 60: assert body not in text, f'{path.name} shows\n{code}'
+            exported = re.match(r'#\|\s*export[si]?\s*$', code, flags=re.M)
+            hidden = re.match(r'#\|\s*hide\s*$', code, flags=re.M) and len(body) > 60
+            assert not exported or body in text, f'{path.name} does not show\n{code}'
+            assert not hidden or body not in text, f'{path.name} shows\n{code}'
 
 
 def test_no_dead_link(site: Path, pages: dict[str, BeautifulSoup]) -> None:
@@ -96,18 +138,22 @@ def test_no_dead_link(site: Path, pages: dict[str, BeautifulSoup]) -> None:
             target, fragment = urldefrag(href)
             file = (site/page).parent/unquote(target) if target else site/page
             name = file.resolve().relative_to(site.resolve()).as_posix()
-            if not file.is_file() or (fragment and unquote(fragment) not in anchors.get(name, ())): dead.append(f'{page}: {href}')
+            found = file.is_file() and (not fragment or unquote(fragment) in anchors.get(name, ()))
+            if not found: dead.append(f'{page}: {href}')
     assert not dead
 
 
 def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[str, BeautifulSoup]) -> None:
     far = re.compile(r'^(?:https?:)?//')
+    selector = ', '.join(['[src]', *(f'link[rel~={kind}]' for kind in ('stylesheet', 'icon', 'preload'))])
     for page, soup in pages.items():
-        loaded = [t.get('src') or t.get('href') for t in soup.select('[src], link[rel~=stylesheet], link[rel~=icon], link[rel~=preload]')]
+        loaded = [t.get('src') or t.get('href') for t in soup.select(selector)]
         assert not [u for u in loaded if far.match(u)], page
-        missing = [u for u in loaded if not u.startswith('data:') and not ((site/page).parent/urlparse(u).path).is_file()]
-        assert not missing, page
-    for css in site.rglob('*.css'): assert not re.search(r'(?:url\(|@import)\s*["\']?(?:https?:)?//', css.read_text(encoding='utf-8')), css
+        near = [u for u in loaded if not u.startswith('data:')]
+        assert not [u for u in near if not ((site/page).parent/urlparse(u).path).is_file()], page
+    for css in site.rglob('*.css'):
+        text = css.read_text(encoding='utf-8')
+        assert not re.search(r'(?:url\(|@import)\s*["\']?(?:https?:)?//', text), css
 
 
 # In a browser
@@ -125,7 +171,7 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.fixture(scope='module')
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    if not (CHROMIUM and DRIVER): pytest.skip('needs chromium and chromedriver (Debian: chromium, chromium-driver)')
+    if not (CHROMIUM and DRIVER): pytest.skip('needs chromium and chromedriver')
     from selenium import webdriver
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -155,8 +201,10 @@ def complaints(browser, address: str) -> list[str]:
             asked[said['requestId']] = url = said['request']['url']
             if not url.startswith((address, 'data:', 'blob:')): found.append(f'asks for {url}')
         if said.get('requestId') not in asked: continue
-        if kind == 'Network.responseReceived' and said['response']['status'] >= 400: found.append(f"no {asked[said['requestId']]}")
-        if kind == 'Network.loadingFailed' and not said.get('canceled'): found.append(f"{said['errorText']}: {asked[said['requestId']]}")
+        url = asked[said['requestId']]
+        if kind == 'Network.responseReceived' and said['response']['status'] >= 400: found.append(f'no {url}')
+        failed = kind == 'Network.loadingFailed' and not said.get('canceled')
+        if failed: found.append(f"{said['errorText']}: {url}")
     return found
 
 
@@ -178,11 +226,17 @@ ready.then(() => {
   if (content.scrollWidth > content.clientWidth) {
     const edge = content.getBoundingClientRect().right;
     const wide = [...content.querySelectorAll('*')].find(e => e.getBoundingClientRect().right > edge + 1);
-    wrong.push(`content is ${content.scrollWidth} wide in ${content.clientWidth}: ${wide?.outerHTML.slice(0, 200)}`);
+    wrong.push(`${content.scrollWidth} wide in ${content.clientWidth}: ${wide?.outerHTML.slice(0, 200)}`);
   }
-  for (const m of document.querySelectorAll('.math')) if (!m.querySelector('mjx-container')) wrong.push(`not typeset: ${m.textContent}`);
-  for (const m of document.querySelectorAll('mjx-merror, [data-mjx-error]')) wrong.push(`formula with an error: ${m.textContent}`);
-  for (const i of document.querySelectorAll('article img')) if (!i.complete || !i.naturalWidth) wrong.push(`no picture: ${i.src}`);
+  for (const m of document.querySelectorAll('.math'))
+    if (!m.querySelector('mjx-container')) wrong.push(`not typeset: ${m.textContent}`);
+  for (const m of document.querySelectorAll('mjx-merror, [data-mjx-error]'))
+    wrong.push(`formula with an error: ${m.textContent}`);
+  for (const i of document.querySelectorAll('article img'))
+    if (!i.complete || !i.naturalWidth) wrong.push(`no picture: ${i.src}`);
+  if (width >= 1440) for (const p of document.querySelectorAll('div.cell_input pre'))
+    if (p.offsetParent && p.scrollWidth > p.clientWidth)
+      wrong.push(`code scrolls sideways: ${p.textContent.slice(0, 200)}`);
   done(wrong);
 });
 '''
@@ -211,7 +265,7 @@ def test_search_finds(address: str, browser) -> None:
 def test_dark_mode_and_copy_buttons(address: str, browser) -> None:
     from selenium.webdriver.common.by import By
     resize(browser, 1440)
-    browser.get(f'{address}/core.html')
+    browser.get(f'{address}/core/checks.html')
     background = "return getComputedStyle(document.body).backgroundColor"
     colours = []
     for theme in ('light', 'dark'):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from mwt.losses import cohesion_loss, coupling_loss, mask_losses
+from mwt.methods.losses import cohesion_loss, coupling_loss, mask_losses
 
 
 def naive(masks, labels):

@@ -6,13 +6,13 @@ import pytest
 SCRIPT = '''
 import sys, torch
 from torch.nn import functional as F
-from mwt.models import create_model
-from mwt.channels import memory_format
-from mwt.convert import modularize
-from mwt.decompose import decompose
-from mwt.data import from_tensors
-from mwt.extract import extract
-from mwt.training import fit
+from mwt.networks import create_model
+from mwt.core.nets import memory_format
+from mwt.methods.modular import modularize
+from mwt.modules.decompose import decompose
+from mwt.data.batches import from_tensors
+from mwt.modules.extract import extract
+from mwt.train.fit import fit
 
 def difference(net, images, labels):
     "The largest relative error of a convolution's weight gradient, against double precision without oneDNN."
@@ -39,8 +39,8 @@ for width, net in nets.items(): print('plain', width, difference(net, images, la
 pixels = (40 * labels[:, None, None, None] + torch.randint(60, (32, 3, 32, 32))).byte()
 data = from_tensors((pixels, labels), (pixels, labels), (pixels, labels), batch_size=16, augment=None, device='cpu')
 model = modularize(nets[.1], 4, target_krr=.3)
-fit(model, data, epochs=4, show=False)          # trains without closed kernels from half of it on
-module = extract(model, decompose(model, data.train, show=False), ['0', '2'])
+fit(model, data, epochs=4, show_progress=False)          # trains without closed kernels from half of it on
+module = extract(model, decompose(model, data.train, show_progress=False), ['0', '2'])
 print('module', .1, difference(module, images, labels % 2))
 '''
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from mwt.decompose import MaskCounter, select_kernels
-from mwt.metrics import cohesion, coupling, kernel_retention, mean_jaccard
+from mwt.modules.decompose import MaskCounter, select_kernels
+from mwt.modules.modularity import jaccard_cohesion, jaccard_coupling, kernel_retention, mean_jaccard
 
 
 def stored(samples, kernels, seed, share=.5):
@@ -39,9 +39,9 @@ def test_figures_of_modules(classes, kernels, seed):
     rows = modules.tolist()
     for c in range(classes):
         assert same(kernel_retention(modules)[c].item(), sum(rows[c]) / kernels)
-        assert same(coupling(modules)[c].item(), sum(naive_jaccard(rows[c], r) for i, r in enumerate(rows) if i != c) / (classes - 1))
+        assert same(jaccard_coupling(modules)[c].item(), sum(naive_jaccard(rows[c], r) for i, r in enumerate(rows) if i != c) / (classes - 1))
         within = [[x and y for x, y in zip(s, rows[c])] for s in samples[labels == c].tolist()]
-        assert same(cohesion(samples, labels, modules)[c].item(), naive_mean(within))
+        assert same(jaccard_cohesion(samples, labels, modules)[c].item(), naive_mean(within))
 
 
 def naive_select(active, threshold):

@@ -1,38 +1,83 @@
-"Every notebook runs from top to bottom, as nbdev tests it, in a process of its own."
+"Every notebook runs from top to bottom, as nbdev tests it, and says what is stored in it."
 from __future__ import annotations
-import subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 import pytest
+from run_notebook import differs
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
+NBS = ROOT/'nbs'
+SLOW = {'index.ipynb', 'tutorials', 'baselines'} # they train networks, for minutes
 
-# One process each, since a notebook's `@patch` would leak into the next. nbdev honours `#| eval: false` and the flags
-# of `tst_flags` in settings.ini, and prints the cell that failed.
-RUN = 'import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)'
+
+def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in path.relative_to(NBS).parts)
+
+
+def parameter(path: Path) -> object:
+    name = path.relative_to(NBS)
+    return pytest.param(path, id=name.as_posix(), marks=[pytest.mark.slow] if name.parts[0] in SLOW else [])
+
+
+NOTEBOOKS = sorted(filter(is_notebook, NBS.rglob('*.ipynb')))
 
 
 def run_notebook(path: Path, seconds: int = 900) -> subprocess.CompletedProcess:
-    "nbdev's test of one notebook; its output is in `stdout`."
-    return subprocess.run([sys.executable, '-c', RUN, str(path)], cwd=ROOT, text=True, timeout=seconds,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    "nbdev's test of one notebook, and a comparison of its outputs; what it says is in `stdout`."
+    # One process each, since a notebook's `@patch` would leak into the next. nbdev honours `#| eval: false`
+    # and the flags of `tst_flags` in settings.ini, and prints the cell that failed.
+    cmd = [sys.executable, str(ROOT/'tests'/'run_notebook.py'), str(path)]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(cmd, cwd=ROOT, text=True, timeout=seconds, **streams)
 
 
 def test_there_are_notebooks() -> None:
     assert len(NOTEBOOKS) > 1
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+@pytest.mark.parametrize('path', [parameter(p) for p in NOTEBOOKS])
 def test_notebook(path: Path) -> None:
     done = run_notebook(path)
     assert done.returncode == 0 and 'Success.' in done.stdout, f'\n{done.stdout[-6000:]}'
 
 
-def test_a_failing_cell_fails_and_is_shown(tmp_path: Path) -> None:
-    "The test of the tests: nbdev must not swallow an error."
-    import json
-    cell = dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=[], source=['assert 1 + 1 == 3'])
-    path = tmp_path/'00_wrong.ipynb'
+# The tests of the tests
+
+def notebook(path: Path, source: str, output: str = '') -> Path:
+    "A notebook of one cell with one stored output."
+    stored = [dict(output_type='stream', name='stdout', text=[output])] if output else []
+    cell = dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=stored, source=[source])
     path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
-    done = run_notebook(path)
+    return path
+
+
+def test_a_failing_cell_fails_and_is_shown(tmp_path: Path) -> None:
+    "nbdev must not swallow an error."
+    done = run_notebook(notebook(tmp_path/'00_wrong.ipynb', 'assert 1 + 1 == 3'))
     assert done.returncode != 0 and 'assert 1 + 1 == 3' in done.stdout and 'AssertionError' in done.stdout
+
+
+@pytest.mark.parametrize('source, output, fresh', [
+    ('print("kernels", 3)', 'kernels 3\n', True),
+    ('print("kernels", 3)', 'units 3\n', False),
+    ('print("kernels", 3)', '', False),
+    ('x = 3', 'kernels 3\n', False),
+    ('#| varies\nprint("kernels", 3)', 'units 3\n', True),
+])
+def test_stale_outputs_are_found(source: str, output: str, fresh: bool, tmp_path: Path) -> None:
+    done = run_notebook(notebook(tmp_path/'00_stale.ipynb', source, output))
+    assert (done.returncode == 0) == fresh, done.stdout
+    if not fresh: assert 'stale' in done.stdout
+
+
+@pytest.mark.parametrize('stored, now, exact, stale', [
+    ('took 3.2 s in /tmp/tmpabc/run', 'took 0.1 s in /tmp/tmpxyz/run', True, False),
+    ('accuracy 95.0 %', 'accuracy 71.2 %', False, False),
+    ('accuracy 95.0 %', 'accuracy 71.2 %', True, True),
+    ('accuracy 95.0 %', 'accuracy 95.1 %', True, False),
+    ('12 kernels', '14 kernels', True, True),
+    ('| a | 1,066 |\n|---|-------|', '| a |    1,066 |\n|---|----------|', True, False),
+    ('| a | 1,066 |', '| b | 1,066 |', False, True),
+    ('one line', 'one line\ntwo lines', False, True),
+])
+def test_what_counts_as_stale(stored: str, now: str, exact: bool, stale: bool) -> None:
+    assert differs(stored, now, exact) == stale

@@ -1,6 +1,7 @@
-"What holds for the project as a whole: everything made from the notebooks is in step, and the house rules are kept."
+"The project as a whole: what is made from the notebooks is in step with them, and the house rules are kept."
 from __future__ import annotations
-import ast, importlib, inspect, json, os, re, runpy, shutil, subprocess, sys
+import ast, importlib, inspect, io, json, os, re, runpy, shutil, statistics, subprocess, sys, tokenize, types
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,52 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
-FOLDERS = ['', 'baselines', 'tutorials'] # in the order in which imports may point back
-NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(NBS).parts))
-MODULES = sorted(p.stem for p in (ROOT/'mwt').glob('*.py') if p.name[0] != '_')
+LAST = ['baselines', 'tutorials'] # folders that come after the parts and the chapters beside them
+EXPORTS = {'export', 'exports', 'exporti'}
+
+# What `import mwt` and `from mwt.all import *` give: all that most programs type.
+PUBLIC = set('''
+    image_data from_tensors ImageData Batches Augment create_model modularize plain mask_table
+    Method MwT Composable MODA fit TrainConfig History save_checkpoint load_checkpoint evaluate profile
+    decompose Parts save_parts load_parts extract SlimModule save_module load_module compose fine_tune
+    plot_masks plot_coupling Table percent Run'''.split())
+
+
+def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in path.relative_to(NBS).parts)
+
+
+def module_name(path: Path) -> str:
+    "`mwt/core/checks.py` -> `core.checks`"
+    return '.'.join(path.relative_to(ROOT/'mwt').with_suffix('').parts)
+
+
+NOTEBOOKS = sorted(filter(is_notebook, NBS.rglob('*.ipynb')))
+MODULES = sorted(module_name(p) for p in (ROOT/'mwt').rglob('*.py') if p.name[0] != '_')
 by_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
 by_module = pytest.mark.parametrize('name', MODULES)
 
 
+def all_cells(path: Path) -> list[dict]: return json.loads(path.read_text(encoding='utf-8'))['cells']
+
+
 def cells(path: Path, kind: str = 'code') -> list[dict]:
-    return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+    return [c for c in all_cells(path) if c['cell_type'] == kind]
 
 
 def source(cell: dict) -> str: return ''.join(cell['source'])
 
 
 def directives(cell: dict) -> set[str]: return set(re.findall(r'^#\|\s*(\w+)', source(cell), flags=re.M))
+
+
+def runnable(code: str) -> str:
+    "Without the lines that only IPython understands."
+    return '\n'.join('' if re.match(r'\s*[%!]', line) else line for line in code.splitlines())
+
+
+def exported(path: Path) -> list[str]:
+    "The source of the cells that make the package."
+    return [source(c) for c in cells(path) if directives(c) & EXPORTS]
 
 
 def visible(path: Path) -> list[dict]:
@@ -33,13 +65,16 @@ def visible(path: Path) -> list[dict]:
 # In step with the notebooks
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    skipped = ('.git', '__pycache__', '.last_checked')
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*')
-            if p.is_file() and not any(part in skipped for part in p.parts)}
+    skipped = {'.git', '__pycache__', '.last_checked'}
+    found = [p for p in folder.rglob('*') if p.is_file() and not skipped & {*p.parts}]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
 
 @pytest.fixture(scope='module')
-def prepared(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, bytes], Path]:
+def prepared(
+    files: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, bytes], dict[str, bytes], Path]: # files before and after, and where they are
     "A copy of the working files, before and after `tools/prepare.py`; the checkout itself stays as it is."
     copy = tmp_path_factory.mktemp('copy')
     for f in files:
@@ -52,7 +87,8 @@ def prepared(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def run_prepare(folder: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'PYTHONPATH': str(folder)}
-    done = subprocess.run([sys.executable, 'tools/prepare.py'], cwd=folder, env=env, text=True, capture_output=True)
+    cmd = [sys.executable, 'tools/prepare.py']
+    done = subprocess.run(cmd, cwd=folder, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -70,18 +106,27 @@ def test_preparing_twice_changes_nothing(prepared: tuple) -> None:
 
 def test_no_module_is_left_over(prepared: tuple) -> None:
     _, _, copy = prepared
-    (copy/'mwt'/'left_over.py').write_text('x = 1\n')
+    names = ('left_over.py', 'core/left_over.py', 'attic/__init__.py', 'attic/old.py')
+    left_over = [copy/'mwt'/name for name in names]
+    for p in left_over:
+        p.parent.mkdir(exist_ok=True)
+        p.write_text('x = 1\n')
     run_prepare(copy)
-    assert not (copy/'mwt'/'left_over.py').exists()
+    assert not [p for p in left_over if p.exists()]
+    assert (copy/'mwt'/'core'/'__init__.py').exists() and not (copy/'mwt'/'attic').exists()
 
 
 # Chapters
 
+def number(name: str) -> int: return int(re.match(r'\d+', name)[0])
+
+
 def position(path: Path) -> tuple[int, int]:
     "A notebook's place in the reading order; the index comes last, since it may use everything."
-    folder = path.parent.relative_to(NBS).as_posix().replace('.', '', 1)
-    number = re.match(r'\d+', path.name)
-    return (FOLDERS.index(folder), int(number[0])) if number else (len(FOLDERS), 0)
+    *folders, name = path.relative_to(NBS).parts
+    if not folders: return (number(name), 0) if name[0].isdigit() else (1000, 0)
+    first = 100 + LAST.index(folders[0]) if folders[0] in LAST else number(folders[0])
+    return first, number(name)
 
 
 def exported_module(path: Path) -> str | None:
@@ -90,25 +135,27 @@ def exported_module(path: Path) -> str | None:
 
 
 def imported(code: str) -> Iterator[str]:
-    "The package's modules that a cell imports, at any depth."
-    runnable = '\n'.join('' if re.match(r'\s*[%!]', line) else line for line in code.splitlines())
-    for node in ast.walk(ast.parse(runnable)):
+    "What a cell imports of the package, at any depth: modules, and names of the package itself."
+    for node in ast.walk(ast.parse(runnable(code))):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = '.'.join(filter(None, ['mwt' if node.level else '', node.module]))
             names = [f'{base}.{a.name}' for a in node.names] if base == 'mwt' else [base]
         else: continue
-        yield from (n.split('.', 1)[1] for n in names if n.startswith('mwt.'))
+        yield from (n.partition('.')[2] for n in names if n.split('.')[0] == 'mwt')
 
 
 @by_notebook
 def test_imports_point_backward(path: Path) -> None:
     place = {exported_module(p): position(p) for p in NOTEBOOKS if exported_module(p)}
+    face = place['all'] # what `import mwt` itself gives
     for cell in cells(path):
         for name in imported(source(cell)):
             if name.startswith('__'): continue # the version
-            assert name in place, f'{path.name} imports mwt.{name}, which no notebook exports'
-            assert place[name] < position(path), f'{path.name} imports mwt.{name}, a chapter that comes later (or itself)'
+            known = name in place or name in PUBLIC or name == ''
+            assert known, f'{path.name} imports mwt.{name}, which no notebook exports'
+            earlier = place.get(name, face) < position(path)
+            assert earlier, f'{path.name} imports mwt.{name}, a chapter that comes later (or itself)'
 
 
 def test_chapter_numbers_are_unique() -> None:
@@ -116,13 +163,31 @@ def test_chapter_numbers_are_unique() -> None:
     assert len(places) == len(set(places))
 
 
+def test_each_part_says_what_it_is_about() -> None:
+    folders = [p for p in sorted(NBS.iterdir()) if p.is_dir() and p.name[0].isdigit()]
+    missing = [p.name for p in folders if not (p/'00_about.ipynb').is_file()]
+    assert folders and not missing, f'no 00_about.ipynb in {missing}'
+
+
+def test_a_chapter_makes_the_module_of_its_name() -> None:
+    wrong = {}
+    for path in NOTEBOOKS:
+        name = exported_module(path)
+        if name is None: continue
+        steps = [re.sub(r'^\d+_', '', part) for part in path.relative_to(NBS).with_suffix('').parts]
+        if len(steps) == 2 and steps[0] == steps[1]: steps = steps[:1] # a part of one chapter is a module
+        if name not in ('.'.join(steps), '__main__'): wrong[path.relative_to(NBS).as_posix()] = name
+    assert not wrong
+
+
 @by_notebook
 def test_notebook_is_fit_to_read(path: Path) -> None:
     code, prose = visible(path), [c for c in cells(path, 'markdown') if source(c).strip()]
     assert path.stat().st_size < 300_000, 'over 300 KB: make plots smaller'
-    assert re.match(r'# \S.*\n+> \S', source(prose[0])), 'begins with a title and a description (`# ...`, `> ...`)'
+    opens = re.match(r'# \S.*\n+> \S', source(prose[0]))
+    assert opens, 'begins with a title and a description (`# ...`, `> ...`)'
     if not code: return
-    examples = [c for c in code if not directives(c) & {'export', 'exports', 'eval'}]
+    examples = [c for c in code if not directives(c) & (EXPORTS | {'eval'})]
     assert not examples or any(c['outputs'] for c in examples), 'has no outputs: execute it before committing'
     assert len(prose) >= len(code) / 2, f'{len(prose)} prose cells for {len(code)} code cells'
 
@@ -130,26 +195,193 @@ def test_notebook_is_fit_to_read(path: Path) -> None:
 @by_notebook
 def test_no_error_is_stored(path: Path) -> None:
     for cell in cells(path):
-        assert not [o for o in cell['outputs'] if o['output_type'] == 'error'], f'an error is stored below:\n{source(cell)}'
+        errors = [o for o in cell['outputs'] if o['output_type'] == 'error']
+        assert not errors, f'an error is stored below:\n{source(cell)}'
 
 
 @by_notebook
 def test_exported_cells_are_short(path: Path) -> None:
     for cell in cells(path):
-        if not directives(cell) & {'export', 'exports', 'exporti'}: continue
+        if not directives(cell) & EXPORTS: continue
         lines = [l for l in source(cell).strip().splitlines() if not l.startswith('#|')]
         assert len(lines) <= 45, f'{len(lines)} lines:\n{source(cell)}'
 
 
+# How it reads
+
+FOLDERS = ['tests', 'benchmarks', 'docs', 'tools']
+PYTHON_FILES = sorted(p for folder in FOLDERS for p in (ROOT/folder).rglob('*.py'))
+
+
+def prose_lines(text: str) -> list[str]:
+    "Lines of Markdown, without rows of tables and lines that are one long word, such as an address."
+    return [l for l in text.splitlines() if not l.lstrip().startswith('|') and ' ' in l.strip(' -*>')]
+
+
+def listed(found: list[str], most: int = 40) -> str:
+    more = [f'... and {len(found) - most} more'] if len(found) > most else []
+    return '\n'.join(['', *found[:most], *more])
+
+
+@pytest.mark.parametrize('kind', ['notebooks', 'prose', 'files'])
+def test_lines_fit_a_page(kind: str) -> None:
+    "110 columns are what a page of the site shows without scrolling sideways."
+    if kind == 'files':
+        lines = [(p, l) for p in PYTHON_FILES for l in p.read_text(encoding='utf-8').splitlines()]
+    elif kind == 'prose':
+        lines = [(p, l) for p in NOTEBOOKS for c in cells(p, 'markdown') for l in prose_lines(source(c))]
+    else:
+        lines = [(p, l) for p in NOTEBOOKS for c in cells(p) for l in source(c).splitlines()]
+    wide = [f'{p.relative_to(ROOT)}: {len(l)}: {l}' for p, l in lines if len(l) > 110]
+    assert not wide, f'{len(wide)} lines over 110 columns:{listed(wide)}'
+
+
+def test_few_lines_of_the_package_are_long() -> None:
+    lines = [l for p in NOTEBOOKS for code in exported(p) for l in code.splitlines() if l.strip()]
+    wide = [l for l in lines if len(l) > 100]
+    fraction = len(wide) / len(lines)
+    problem = f'{fraction:.1%} of {len(lines)} exported lines are over 100 columns'
+    assert fraction <= 0.02, f'{problem}:{listed(wide)}'
+
+
+IGNORED = {tokenize.ENCODING, tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
+           tokenize.DEDENT, tokenize.ENDMARKER}
+
+def tokens_per_line(code: str) -> dict[int, int]:
+    "How many tokens start on each line; a string is one, also where Python takes f-strings apart (3.12)."
+    start, end = (getattr(tokenize, f'FSTRING_{k}', -1) for k in ('START', 'END'))
+    found: dict[int, int] = {}
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        depth -= token.type == end
+        if not depth and token.type not in IGNORED | {end}:
+            found[token.start[0]] = found.get(token.start[0], 0) + 1
+        depth += token.type == start
+    return found
+
+
+def body_lines(code: str) -> set[int]:
+    "The lines of function bodies, without docstrings."
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef): continue
+        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        for statement in body: lines.update(range(statement.lineno, statement.end_lineno + 1))
+    return lines
+
+
+def test_tokens_are_counted() -> None:
+    code = 'def f(x: int) -> str:\n    "Words."\n    y = x + 1 # a comment\n    return f"{y + 1} kernels"\n'
+    assert body_lines(code) == {3, 4}
+    assert {line: n for line, n in tokens_per_line(code).items() if line > 2} == {3: 5, 4: 2}
+
+
+def test_one_idea_a_line() -> None:
+    "At the 90th percentile a line of a function body has at most 23 tokens, as in fastcore."
+    counts = []
+    for path in NOTEBOOKS:
+        for code in exported(path):
+            per_line, lines = tokens_per_line(code), code.splitlines()
+            counts += [(per_line[n], path, lines[n - 1]) for n in body_lines(code) & per_line.keys()]
+    p90 = statistics.quantiles([n for n, _, _ in counts], n=10)[-1]
+    worst = sorted(counts, key=lambda c: -c[0])
+    shown = [f'{n} tokens: {p.relative_to(NBS)}: {line.strip()}' for n, p, line in worst]
+    assert p90 <= 23, f'{p90:.0f} tokens at the 90th percentile of {len(counts)} lines:{listed(shown)}'
+
+
+def only_imports(code: str) -> bool:
+    return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(runnable(code)).body)
+
+
+def is_proof(cell: dict) -> bool:
+    "Does a code cell show or check something?"
+    code = source(cell)
+    if directives(cell) & (EXPORTS | {'default_exp'}) or only_imports(code): return False
+    checks = re.search(r'\b(?:assert|test_\w+|show_doc)\b', code)
+    return bool(checks or cell['outputs'])
+
+
+def followed_by_proof(following: list[dict]) -> bool:
+    "Is the next cell, or the next after the prose that introduces it, one that shows or checks something?"
+    if following and following[0]['cell_type'] == 'markdown':
+        if source(following[0]).startswith('#'): return False # another section
+        following = following[1:]
+    return bool(following) and following[0]['cell_type'] == 'code' and is_proof(following[0])
+
+
+def proofs(path: Path) -> list[bool]:
+    "For each exported cell of a chapter: is it shown or checked right after?"
+    found = [c for c in all_cells(path) if source(c).strip()]
+    counted = [i for i, c in enumerate(found) if c['cell_type'] == 'code' and directives(c) & EXPORTS]
+    return [followed_by_proof(found[i + 1:]) for i in counted if not only_imports(source(found[i]))]
+
+
+def test_code_is_shown_working() -> None:
+    "At least 60 % of the exported cells are followed by a cell that shows or checks something."
+    by_chapter = {p.relative_to(NBS).as_posix(): proofs(p) for p in NOTEBOOKS}
+    everything = sum(by_chapter.values(), [])
+    fraction = sum(everything) / len(everything)
+    worst = sorted((sum(found) / len(found), name, found) for name, found in by_chapter.items() if found)
+    shown = [f'{f:4.0%}  {sum(found)} of {len(found)}  {name}' for f, name, found in worst]
+    assert fraction >= 0.6, f'{fraction:.0%} of {len(everything)} exported cells:{listed(shown, 20)}'
+
+
+@by_notebook
+def test_one_statement_a_line(path: Path) -> None:
+    found = []
+    for code in exported(path):
+        tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+        found += [t.line.strip() for t in tokens if t.type == tokenize.OP and t.string == ';']
+    assert not found, listed(found)
+
+
+def test_conditions_stand_outside_of_calls() -> None:
+    "A conditional expression inside an argument hides a decision; here they are counted."
+    found = []
+    for path in NOTEBOOKS:
+        for code in exported(path):
+            calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
+            given = [a for c in calls for a in [*c.args, *(k.value for k in c.keywords)]]
+            found += [f'{path.relative_to(NBS)}: {ast.unparse(a)}' for a in given if isinstance(a, ast.IfExp)]
+    if found: warnings.warn(f'{len(found)} conditional expressions as arguments:{listed(found)}')
+
+
 # Public names
 
+def star_import(module: str) -> set[str]:
+    "The names that `from module import *` brings, in a fresh process."
+    code = (f'before = set(globals()) | {{"before"}}\nfrom {module} import *\n'
+            'print(*sorted(set(globals()) - before))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize('module', ['mwt', 'mwt.all'])
+def test_the_public_face_is_small(module: str) -> None:
+    found = star_import(module)
+    assert not PUBLIC - found, f'{module} lacks {sorted(PUBLIC - found)}'
+    assert not found - PUBLIC, f'{module} also has {sorted(found - PUBLIC)}'
+
+
+def test_the_package_holds_nothing_else() -> None:
+    import mwt
+    held = {n for n, item in vars(mwt).items() if n[0] != '_' and not isinstance(item, types.ModuleType)}
+    assert not held - PUBLIC
+    assert not [n for n in PUBLIC if not hasattr(mwt, n)]
+
+
+def own(module: types.ModuleType) -> dict[str, Any]:
+    "The functions and classes that a module defines, public or internal."
+    made = {n: o for n, o in vars(module).items() if inspect.isroutine(o) or inspect.isclass(o)}
+    return {n: o for n, o in made.items() if n[0] != '_' and getattr(o, '__module__', '') == module.__name__}
+
+
 def functions(name: str) -> Iterator[tuple[str, Callable]]:
-    "A module's public functions, constructors and methods."
-    module = importlib.import_module(f'mwt.{name}')
-    for public in getattr(module, '__all__', []):
-        obj = getattr(module, public)
-        if inspect.isfunction(obj): yield public, obj
-        elif inspect.isclass(obj): yield from ((f'{public}.{n}', f) for n, f in methods(obj))
+    "A module's functions, constructors and methods."
+    for known, obj in own(importlib.import_module(f'mwt.{name}')).items():
+        if inspect.isfunction(obj): yield known, obj
+        elif inspect.isclass(obj): yield from ((f'{known}.{n}', f) for n, f in methods(obj))
 
 
 def methods(cls: type) -> Iterator[tuple[str, Callable]]:
@@ -168,10 +400,10 @@ def untyped(fn: Callable) -> list[str]:
 
 
 @by_module
-def test_public_names_are_documented(name: str) -> None:
-    module = importlib.import_module(f'mwt.{name}')
-    described = [n for n in getattr(module, '__all__', []) if inspect.isroutine(getattr(module, n)) or inspect.isclass(getattr(module, n))]
-    assert not [n for n in described if not own_docstring(getattr(module, n))]
+def test_names_are_documented(name: str) -> None:
+    "Also the internal ones: each is documented where it lives."
+    found = own(importlib.import_module(f'mwt.{name}'))
+    assert not [n for n, obj in found.items() if not own_docstring(obj)]
 
 
 def own_docstring(obj: Any) -> str:
@@ -181,7 +413,7 @@ def own_docstring(obj: Any) -> str:
 
 
 @by_module
-def test_public_names_are_typed(name: str) -> None:
+def test_names_are_typed(name: str) -> None:
     assert not {n: untyped(f) for n, f in functions(name) if untyped(f)}
 
 
@@ -223,6 +455,7 @@ def test_package_is_complete(setup_arguments: dict[str, Any]) -> None:
 
 def test_entry_points_lead_somewhere(setup_arguments: dict[str, Any]) -> None:
     for group in ('console_scripts', 'nbdev'):
-        for line in [setup_arguments['entry_points'][group]] if isinstance(setup_arguments['entry_points'][group], str) else setup_arguments['entry_points'][group]:
+        lines = setup_arguments['entry_points'][group]
+        for line in [lines] if isinstance(lines, str) else lines:
             module, attribute = line.split('=')[1].split(':')
             assert hasattr(importlib.import_module(module), attribute), line

@@ -12,16 +12,22 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 import mwt.training
-from mwt.cli import main
-from mwt.convert import modularize
-from mwt.core import load_tensors, progress, seeded
-from mwt.data import Batches, ImageData, from_tensors, image_data
-from mwt.decompose import decompose
-from mwt.extract import extract
-from mwt.methods import ClassGates, Composable, draw_targets, open_gates
-from mwt.metrics import evaluate
-from mwt.models import create_model
-from mwt.training import TrainConfig, Trainer, fit, load_checkpoint, lr_factor, make_config, save_checkpoint, train_epoch, training_loss
+from mwt.runs.cli import main
+from mwt.methods.modular import modularize
+from mwt.core.files import load_tensors
+from mwt.core.display import progress
+from mwt.core.checks import seeded
+from mwt.data.batches import Batches, ImageData, from_tensors
+from mwt.data.sources import image_data
+from mwt.modules.decompose import decompose
+from mwt.modules.extract import extract
+from mwt.methods.composable import ClassGates, Composable, draw_targets, open_gates
+from mwt.measure import evaluate
+from mwt.networks import create_model
+from mwt.train.history import TrainConfig, lr_factor, make_config
+from mwt.train.trainer import Trainer, train_epoch, training_loss
+from mwt.train.fit import fit
+from mwt.train.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +60,7 @@ def test_seed_repeats_every_bit(name: str, modular: bool | str, data: ImageData)
     runs = []
     for seed in (3, 3, 4):
         model = network(name, modular)
-        runs.append((model, fit(model, data, 2, seed=seed, show=False)))
+        runs.append((model, fit(model, data, 2, seed=seed, show_progress=False)))
         torch.randn(1), random.random(), np.random.rand()       # what happens between runs is no part of them
     (a, rows_a), (b, rows_b), (c, rows_c) = runs
     assert same(a, b) and rows_a == rows_b
@@ -73,19 +79,19 @@ def generators() -> tuple:
 def test_global_generators_are_left_alone(modular: bool | str, data: ImageData) -> None:
     before = generators()
     model = network('rescnn', modular)                          # with dropout
-    fit(model, data, 1, show=False)
+    fit(model, data, 1, show_progress=False)
     assert generators() == before
-    with pytest.raises(FloatingPointError): fit(model, data, 1, lr=1e30, show=False)
+    with pytest.raises(FloatingPointError): fit(model, data, 1, lr=1e30, show_progress=False)
     assert generators() == before
 
 
 def test_data_are_left_alone(data: ImageData) -> None:
     "Two fits of one data object see the same batches; what else iterates over it does not matter."
     a, b = network(modular=False), network(modular=False)
-    fit(a, data, 1, show=False)
+    fit(a, data, 1, show_progress=False)
     assert data.train.epoch == 0
     next(iter(data.train))
-    fit(b, data, 1, show=False)
+    fit(b, data, 1, show_progress=False)
     assert same(a, b)
 
 
@@ -101,7 +107,7 @@ def seen(model: nn.Module, data: ImageData, monkeypatch: pytest.MonkeyPatch, **o
     with monkeypatch.context() as m:
         m.setattr(mwt.training, 'training_loss', loss)
         m.setattr(torch.optim.SGD, 'step', spy)
-        fit(model, data, show=False, **options)
+        fit(model, data, show_progress=False, **options)
     return batches, rates
 
 
@@ -171,7 +177,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[d
 def test_best_epoch_is_chosen_on_validation(accuracies: list[float], best: int, data: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, path = network(), tmp_path/'model.safetensors'
     states = scripted(monkeypatch, accuracies)
-    history = fit(model, data, 3, checkpoint=path, show=False)
+    history = fit(model, data, 3, checkpoint=path, show_progress=False)
     assert history.best_epoch == best and history.series('valid_accuracy') == accuracies
     kept = model.state_dict()
     assert all(torch.equal(kept[k], v) for k, v in states[best - 1].items())
@@ -182,7 +188,7 @@ def test_best_epoch_is_chosen_on_validation(accuracies: list[float], best: int, 
 
 def test_reported_accuracy_is_that_of_the_kept_weights(data: ImageData) -> None:
     model = network(modular=False)
-    history = fit(model, data, 3, show=False)
+    history = fit(model, data, 3, show_progress=False)
     assert evaluate(model, data.valid) == max(history.series('valid_accuracy')) == history.series('valid_accuracy')[history.best_epoch - 1]
 
 
@@ -196,14 +202,14 @@ def test_test_part_is_never_read(data: ImageData) -> None:
     t = data.test
     forbidden = Untouchable(torch.zeros_like(t.images), t.labels, t.classes, mean=t.mean, std=t.std)
     a, b = network(), network()
-    fit(a, ImageData(data.train, data.valid, forbidden), 1, show=False)
-    fit(b, data, 1, show=False)
+    fit(a, ImageData(data.train, data.valid, forbidden), 1, show_progress=False)
+    fit(b, data, 1, show_progress=False)
     assert same(a, b)
 
 
 @every_kind
 def test_history_is_whole(modular: bool | str, data: ImageData) -> None:
-    history = fit(network(modular=modular), data, 3, show=False)
+    history = fit(network(modular=modular), data, 3, show_progress=False)
     columns = ['epoch', 'cross_entropy', 'train_accuracy', *dict(mwt=['cohesion_loss', 'coupling_loss'], composable=['krr']).get(modular, []), 'loss', 'valid_accuracy']
     assert [list(row) for row in history.rows] == [columns] * 3 and history.series('epoch') == [1, 2, 3]
     for row in history.rows:
@@ -216,8 +222,8 @@ def test_history_is_whole(modular: bool | str, data: ImageData) -> None:
 
 def test_it_learns(data: ImageData) -> None:
     plain, modular = network(modular=False), network()
-    assert fit(plain, data, 10, seed=1, show=False).series('train_accuracy')[-1] > .4
-    history = fit(modular, data, 6, seed=1, show=False)
+    assert fit(plain, data, 10, seed=1, show_progress=False).series('train_accuracy')[-1] > .4
+    history = fit(modular, data, 6, seed=1, show_progress=False)
     assert history.rows[-1]['loss'] < history.rows[0]['loss']
 
 
@@ -244,7 +250,7 @@ EPOCHS = pytest.mark.parametrize('epochs', [10, 1.5], ids=['gates learn', 'gates
 
 def step_calls(model: nn.Module, batches: Batches, epochs: float = 10) -> Counter[str]:
     "The operations of an epoch, the second of a run."
-    run, bar = Trainer(model, TrainConfig(amp=True), int(epochs * len(batches))), progress(range(100), show=False)
+    run, bar = Trainer(model, TrainConfig(amp=True), int(epochs * len(batches))), progress(range(100), show_progress=False)
     train_epoch(run, batches, bar)
     with Watch() as watch: means = train_epoch(run, batches, bar)
     assert all(isinstance(v, Tensor) and v.ndim == 0 and not v.requires_grad for v in means.values())
@@ -286,7 +292,7 @@ def test_step_does_not_grow_with_samples_or_classes(method: str) -> None:
 @every_kind
 def test_step_never_waits_on_a_gpu(modular: bool | str, epochs: float, data: ImageData) -> None:
     model, batches = network('resnet18', modular).to('cuda', memory_format=torch.channels_last), data.train.to('cuda')
-    run, bar = Trainer(model, TrainConfig(amp=True), int(epochs * len(batches))), progress(range(100), show=False)
+    run, bar = Trainer(model, TrainConfig(amp=True), int(epochs * len(batches))), progress(range(100), show_progress=False)
     train_epoch(run, batches, bar)
     plan = batches._plan(1)                 # the epoch's order comes from the host, once
     batches._plan = lambda epoch: plan
@@ -299,7 +305,7 @@ def test_step_never_waits_on_a_gpu(modular: bool | str, epochs: float, data: Ima
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 def test_gpu_learns_too(data: ImageData) -> None:
     model = network(modular=False)
-    assert fit(model, data, 10, seed=1, show=False).series('train_accuracy')[-1] > .4
+    assert fit(model, data, 10, seed=1, show_progress=False).series('train_accuracy')[-1] > .4
     assert next(model.parameters()).is_cuda
 
 
@@ -307,7 +313,7 @@ def test_gpu_learns_too(data: ImageData) -> None:
 
 def test_gates_close_to_the_target_and_stand_still(data: ImageData) -> None:
     model = network(modular='composable', target_krr=.2)
-    history = fit(model, data, 8, show=False)
+    history = fit(model, data, 8, show_progress=False)
     krr = history.series('krr')
     assert krr[0] > .5 and krr == sorted(krr, reverse=True) and krr[-1] == krr[-2] == pytest.approx(.2, abs=.02)
     assert history.best_epoch > 4, 'an epoch before the gates came to rest'
@@ -319,8 +325,8 @@ def test_gates_close_to_the_target_and_stand_still(data: ImageData) -> None:
 def test_what_trains_is_what_is_cut(data: ImageData) -> None:
     "The full model is the module of all classes, and with targets the model answers as the module for them does."
     model = network(modular='composable')
-    fit(model, data, 3, show=False)
-    parts, (images, _) = decompose(model.eval(), data.train, show=False), next(iter(data.valid))
+    fit(model, data, 3, show_progress=False)
+    parts, (images, _) = decompose(model.eval(), data.train, show_progress=False), next(iter(data.valid))
     for rows in ([1, 7], list(range(10))):
         targets = torch.zeros(len(images), 10, dtype=torch.bool)
         targets[:, rows] = True
@@ -358,7 +364,7 @@ def test_gates_scale_with_classes() -> None:
         gates, labels = ClassGates(n_classes, kernels, torch.arange(units) % 20).train(), torch.randint(n_classes, (batch,))
         with Sizes() as sizes:
             gates(draw_targets(labels, n_classes, .3)).square().mean().backward()
-            method.learn(SimpleNamespace(gates=gates), labels, .3)
+            method.after_backward(SimpleNamespace(gates=gates), labels, .3)
         return sizes
     small, large = step(10, 500, 16), step(1000, 5000, 64)
     assert small.calls == large.calls and large.largest <= 1000 * (5000 + 1)         # one column counts the samples
@@ -389,7 +395,7 @@ def test_open_gates_keep_to_the_share(n_classes: int, units: int, share: float, 
 
 def test_no_masks_are_kept(data: ImageData) -> None:
     model = network()
-    fit(model, data, 1, show=False)
+    fit(model, data, 1, show_progress=False)
     evaluate(model, data.valid)
     assert all(layer.record is None and layer.fixed is None for layer in model.points.values())
     twin = copy.deepcopy(model)
@@ -417,7 +423,7 @@ def test_bfloat16(modular: bool | str, data: ImageData) -> None:
 @every_kind
 def test_checkpoint_round_trip(modular: bool | str, data: ImageData, tmp_path: Path) -> None:
     model, path = network('rescnn', modular), tmp_path/'deep'/'er'/'model.safetensors'
-    fit(model, data, 1, checkpoint=path, show=False)
+    fit(model, data, 1, checkpoint=path, show_progress=False)
     about = load_checkpoint(loaded := network('rescnn', modular, seed=7), path)
     assert same(loaded, model) and about['epoch'] == 1
     x = next(iter(data.valid))[0]
@@ -445,7 +451,7 @@ class Shuffled(nn.Module):
 @every_kind
 def test_layers_registered_in_another_order(modular: bool | str, data: ImageData) -> None:
     model = modularize(Shuffled(), 10, modular, example_input=torch.zeros(1, 1, 8, 8)) if modular else Shuffled()
-    fit(model, data, 1, show=False)
+    fit(model, data, 1, show_progress=False)
     if modular: assert list(model.kernels) == dict(mwt=['body'], composable=['stem', 'body'])[modular]
 
 
@@ -464,35 +470,35 @@ def stop_in(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @every_kind
 def test_a_stopped_run_ends_as_if_it_had_not_been(modular: bool | str, epoch: int, data: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole, path = network(modular=modular), tmp_path/'run.safetensors'
-    expected = fit(whole, data, 6, seed=3, show=False)
+    expected = fit(whole, data, 6, seed=3, show_progress=False)
     stop_in(epoch, monkeypatch)
-    with pytest.raises(InterruptedError): fit(network(modular=modular), data, 6, seed=3, resume=path, show=False)
+    with pytest.raises(InterruptedError): fit(network(modular=modular), data, 6, seed=3, resume=path, show_progress=False)
     assert load_tensors(path, 'run')[1]['done'] == (epoch - 1) * len(data.train)
     monkeypatch.undo()
-    history = fit(again := network(seed=5, modular=modular), data, 6, seed=3, resume=path, show=False)
+    history = fit(again := network(seed=5, modular=modular), data, 6, seed=3, resume=path, show_progress=False)
     assert history == expected and same(again, whole) and not path.exists()
 
 
 def test_run_of_another_kind_is_refused(data: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path/'run.safetensors'
     stop_in(2, monkeypatch)
-    with pytest.raises(InterruptedError): fit(network(modular='composable'), data, 3, resume=path, show=False)
+    with pytest.raises(InterruptedError): fit(network(modular='composable'), data, 3, resume=path, show_progress=False)
     monkeypatch.undo()
     kept = path.read_bytes()
     for wrong in (dict(lr=.1), dict(seed=1), dict(weight_decay=.1), dict(epochs=4)):
-        with pytest.raises(ValueError, match=f'{[*wrong][0]}.* give the same settings'): fit(network(modular='composable'), data, **dict(epochs=3, resume=path, show=False) | wrong)
-    with pytest.raises(ValueError, match='method'): fit(network(modular=False), data, 3, resume=path, show=False)
-    with pytest.raises(ValueError, match='another network: net'): fit(network('rescnn', 'composable'), data, 3, resume=path, show=False)
+        with pytest.raises(ValueError, match=f'{[*wrong][0]}.* give the same settings'): fit(network(modular='composable'), data, **dict(epochs=3, resume=path, show_progress=False) | wrong)
+    with pytest.raises(ValueError, match='method'): fit(network(modular=False), data, 3, resume=path, show_progress=False)
+    with pytest.raises(ValueError, match='another network: net'): fit(network('rescnn', 'composable'), data, 3, resume=path, show_progress=False)
     assert path.read_bytes() == kept
     for damage, word in ((kept[:100], 'truncated'), (kept[:-1] + bytes([kept[-1] ^ 1]), 'damaged')):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match=word): fit(network(modular='composable'), data, 3, resume=path, show=False)
+        with pytest.raises(ValueError, match=word): fit(network(modular='composable'), data, 3, resume=path, show_progress=False)
 
 
 def test_compiled_training_learns_the_same(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, quick = [], nn.Module.compile
     monkeypatch.setattr(nn.Module, 'compile', lambda net: (compiled.append(net), quick(net, backend='aot_eager')))      # traced as always, without the wait for a C++ compiler
-    def losses(compile: bool) -> list[float]: return fit(network(modular='composable'), data, 2, lr=1e-3, compile=compile, show=False).series('loss')
+    def losses(compile: bool) -> list[float]: return fit(network(modular='composable'), data, 2, lr=1e-3, compile=compile, show_progress=False).series('loss')
     assert losses(True) == pytest.approx(losses(False), rel=1e-3) and len(compiled) == 2     # the network, and the one without closed kernels
     with pytest.raises(ValueError, match="unknown compile 'never'"): fit(network(), data, 1, compile='never')
 
@@ -501,7 +507,7 @@ def test_compiled_training_learns_the_same(data: ImageData, monkeypatch: pytest.
 
 KILLED = """
 import os, signal, sys, time
-from mwt.cli import main
+from mwt.runs.cli import main
 
 def train(words, kill_at):
     "In a process of its own; killed before it puts its n-th file, written beside its place, into it."

@@ -10,12 +10,14 @@ from execnb.nbio import nb2dict
 from nbconvert import MarkdownExporter
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
-from nbdev.processors import clean_magics, hide_, hide_line, populate_language, rm_export, strip_ansi, strip_hidden_metadata
+from nbdev.processors import clean_magics, hide_, hide_line, populate_language
+from nbdev.processors import rm_export, strip_ansi, strip_hidden_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = Path('docs/images') # where the pictures of the notebook's outputs go; named relative to README.md
 NOTE = '<!-- This file is made from nbs/index.ipynb: edit that, then run `make prepare`. -->'
-FILTERS = [FrontmatterProc, populate_language, strip_ansi, hide_line, rm_export, clean_magics, hide_, strip_hidden_metadata]
+FILTERS = [FrontmatterProc, populate_language, strip_ansi, hide_line, rm_export, clean_magics, hide_,
+           strip_hidden_metadata]
 
 
 def render(root: Path) -> tuple[str, dict[str, bytes]]:
@@ -34,9 +36,10 @@ def render(root: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def plain(nb: dict) -> nbformat.NotebookNode:
-    "The notebook without front matter and Quarto's cell options; code fences get their language from the metadata."
+    "The notebook without front matter and Quarto's cell options; its metadata give fences their language."
     metadata = dict(language_info=dict(name='python'))
-    node = nbformat.reads(json.dumps({**nb, 'metadata': metadata, 'nbformat': 4, 'nbformat_minor': 4}), as_version=4)
+    whole = nb | dict(metadata=metadata, nbformat=4, nbformat_minor=4)
+    node = nbformat.reads(json.dumps(whole), as_version=4)
     node.cells = [c for c in node.cells if c.cell_type != 'raw']
     for c in node.cells:
         if c.cell_type == 'code': apply_options(c)
@@ -47,7 +50,8 @@ def apply_options(cell: nbformat.NotebookNode) -> None:
     "Take Quarto's options out of a cell and do what they say."
     options = dict(re.findall(r'^#\|\s*([\w-]+):\s*"?(.*?)"?$', cell.source, flags=re.M))
     cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-    cell.metadata['transient'] = dict(remove_source=options.get('echo') == 'false') # as nbconvert's own tags do it
+    hidden = options.get('echo') == 'false'
+    cell.metadata['transient'] = dict(remove_source=hidden) # as nbconvert's own tags do it
     if options.get('output') == 'false': cell.outputs = []
     cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     cell.metadata['alt'] = options.get('fig-alt') or options.get('fig-cap') or ''
@@ -55,7 +59,8 @@ def apply_options(cell: nbformat.NotebookNode) -> None:
 
 def links(text: str) -> str:
     "Links and pictures beside the notebook, as seen from the folder above."
-    return re.sub(r'(\]\()((?:images/|tutorials/|baselines/)?[\w-]+\.(?:ipynb|png|svg|jpg|gif)(?:#[\w.-]+)?\))', r'\1nbs/\2', text)
+    pattern = r'(\]\()(?!docs/)((?:\w[\w-]*/)*[\w-]+\.(?:ipynb|png|svg|jpg|gif)(?:#[\w.-]+)?\))'
+    return re.sub(pattern, r'\1nbs/\2', text)
 
 
 def tidy(text: str) -> str:
@@ -89,7 +94,7 @@ def update(root: Path) -> list[str]:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--check', action='store_true', help='write nothing; fail when something is out of step')
+    parser.add_argument('--check', action='store_true', help='write nothing; fail if README.md is stale')
     args = parser.parse_args()
     found = stale(ROOT) if args.check else update(ROOT)
     if found: print('out of step:' if args.check else 'written:', *found)
