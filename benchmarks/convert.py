@@ -5,7 +5,7 @@
     python benchmarks/convert.py --quick
 
 Networks: the smallest member of every family of torchvision's classification networks that has convolutions to mask, with 10 classes,
-and those of `mwt.models` at full width, all with random weights. Measured are `modularize` (which also looks for an image size that the network
+and those of `mwt.networks` at full width, all with random weights. Measured are `modularize` (which also looks for an image size that the network
 accepts) and `extract` of two classes (which counts the FLOPs of the full network and checks the cut), with the random gates of
 `latency.py`. Medians over rounds after one that warms up. Rows go to results/convert.jsonl.
 """
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torchvision
 from torch import nn
-from bench import arguments, keep, parse, side_by_side
+from bench import arguments, keep, parse
 from latency import CLASSES, random_parts
 from mwt.methods.modular import modularize
 from mwt.modules.extract import extract
+from mwt.measure import time_in_turns
 from mwt.networks import NETWORKS, create_model
 
 FAMILIES = ('alexnet', 'vgg11', 'resnet18', 'resnext50_32x4d', 'wide_resnet50_2', 'squeezenet1_1', 'densenet121', 'googlenet', 'inception_v3',
@@ -38,7 +39,7 @@ def measure(name: str, a: Any) -> dict[str, Any]:
     model = modularize(net, len(CLASSES))
     parts = random_parts(model)
     work = {'modularize': lambda: modularize(net, len(CLASSES)), 'extract': lambda: extract(model, parts, CLASSES[:2])}
-    times = side_by_side(work, a.device, rounds=1 if a.quick else 5, warmup=0 if a.quick else 1)
+    times = time_in_turns(work, a.device, rounds=1 if a.quick else 5, warmup=0 if a.quick else 1)
     seconds = [times[step]['seconds'] for step in work]
     return dict(network=name, parameters=sum(p.numel() for p in net.parameters()), input='x'.join(map(str, model.input_shape)),
                 modularize=seconds[0], extract=seconds[1], total=sum(seconds), high=sum(times[step]['high'] for step in work))

@@ -8,7 +8,7 @@ own. What is measured is how far the peak rises above its state before the call:
 the CPU, of allocated memory on CUDA. The images, made before, do not count. Beside it stand the bytes that all samples' masks,
 as floats, would need.
 
-Cohesion: `mwt.metrics.mean_jaccard` of 5,000 samples x 4,800 kernels, against one pass per shift: the masks beside the masks
+Cohesion: `mwt.modules.modularity.mean_jaccard` of 5,000 samples x 4,800 kernels, against one pass per shift: the masks beside the masks
 rolled by 1, 2, ... samples. It is given in two forms, with integers as the published method computes it, and with booleans.
 A pass per shift takes long, so evenly spread shifts are timed and their median is multiplied by the number of all shifts. On a
 small case, all shifts are run and all forms are checked to agree.
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
-from bench import arguments, keep, parse, side_by_side
+from bench import arguments, keep, parse
 from mwt.methods.modular import modularize
 from mwt.core.checks import seeded
 from mwt.data.batches import Batches
 from mwt.modules.decompose import decompose
 from mwt.modules.modularity import mean_jaccard
+from mwt.measure import time_in_turns
 from mwt.networks import create_model
 
 CLASSES = [str(i) for i in range(10)]
@@ -92,12 +93,12 @@ def time_cohesion(a: Any) -> list[dict[str, Any]]:
         check(a.device)
         masks = (torch.rand(n, kernels) < .5).to(a.device)
     about = dict(figure='cohesion', samples=n, kernels=kernels)
-    [fast] = side_by_side({'product': lambda: mean_jaccard(masks)}, a.device, rounds=3 if a.quick else 5, warmup=1).values()
+    [fast] = time_in_turns({'product': lambda: mean_jaccard(masks)}, a.device, rounds=3 if a.quick else 5, warmup=1).values()
     shifts = torch.linspace(1, n - 1, 5 if a.quick else 15).long().tolist()
     rows = [dict(form='mean_jaccard', **about, shifts_timed=0, seconds=fast['seconds'], faster=1.)]
     for name, (shift, dtype) in FORMS.items():
         given, left = masks.to(dtype), iter([shifts[0], *shifts])       # the first warms up
-        [one] = side_by_side({name: lambda: shift(given, next(left))}, a.device, rounds=len(shifts), warmup=1).values()
+        [one] = time_in_turns({name: lambda: shift(given, next(left))}, a.device, rounds=len(shifts), warmup=1).values()
         seconds = one['seconds'] * (n - 1)
         rows.append(dict(form=name, **about, shifts_timed=len(shifts), seconds=seconds, faster=seconds / fast['seconds']))
     return rows

@@ -16,22 +16,22 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 import torch
-from bench import arguments, keep, parse, wait
+from bench import arguments, keep, parse
 from mwt.methods.modular import modularize, plain
 from mwt.data.sources import image_data
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
-from mwt.measure import count_params, evaluate
+from mwt.measure import count_params, evaluate, wait_for
 from mwt.networks import create_model
 from mwt.train.fit import fit
 
 
 def timed(times: dict[str, float], name: str, device: torch.device, work: Callable[[], Any]) -> Any:
     "Do it, and write down how long it took."
-    wait(device)
+    wait_for(device)
     start = time.perf_counter()
     found = work()
-    wait(device)
+    wait_for(device)
     times[name] = time.perf_counter() - start
     return found
 
@@ -40,7 +40,7 @@ def main() -> None:
     p = arguments(__doc__)
     p.add_argument('--data', type=Path, required=True, help='a folder of images with train/<class>/* and test/<class>/*')
     p.add_argument('--root', default='data', help='decoded images are kept here')
-    p.add_argument('--network', default='resnet18', help='of mwt.models')
+    p.add_argument('--network', default='resnet18', help='of mwt.networks')
     p.add_argument('--method', default='composable', help='composable, mwt')
     p.add_argument('--width', type=float, default=None, help='left out: 1 on CUDA, else 0.125; with --quick 0.05')
     p.add_argument('--epochs', type=int, default=None, help='left out: 40 on CUDA, else 4; with --quick 2')

@@ -4,7 +4,7 @@
     python benchmarks/latency.py --networks simcnn --modes eager
     python benchmarks/latency.py --quick
 
-Networks of `mwt.models` at full width, with random weights and random gates: every class opens each unit with probability 0.15,
+Networks of `mwt.networks` at full width, with random weights and random gates: every class opens each unit with probability 0.15,
 the kernel share that training aims at by default, drawn with a seed, and at least one unit of each group. The gates of two classes overlap
 less than training makes them, so the parts are rather large. Latency does not depend on the weights.
 
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from bench import arguments, keep, parse, side_by_side
+from bench import arguments, keep, parse
 from mwt.methods.modular import ModularModel, modularize, plain
 from mwt.data.batches import Batches
 from mwt.modules.parts import Parts
@@ -32,7 +32,7 @@ from mwt.modules.decompose import decompose
 from mwt.modules.module import as_module
 from mwt.modules.extract import extract
 from mwt.modules.speed import fold_norms
-from mwt.measure import count_flops
+from mwt.measure import count_flops, time_in_turns
 from mwt.networks import create_model
 
 CLASSES = [str(i) for i in range(10)]
@@ -115,7 +115,7 @@ def measure(name: str, nets: Mapping[str, nn.Module], mode: str, batch: int, a: 
     torch.compiler.reset()
     with torch.no_grad():
         calls = {variant: MODES[mode](net, x) for variant, net in nets.items()}
-        times = side_by_side(calls, a.device, rounds=a.rounds or (3 if a.quick else 30 if batch == 1 else 7), warmup=3 if batch == 1 else 2)
+        times = time_in_turns(calls, a.device, rounds=a.rounds or (3 if a.quick else 30 if batch == 1 else 7), warmup=3 if batch == 1 else 2)
     flops = {variant: count_flops(net, x) for variant, net in nets.items()}
     rows = []
     for variant, t in list(times.items())[1:]:
@@ -127,7 +127,7 @@ def measure(name: str, nets: Mapping[str, nn.Module], mode: str, batch: int, a: 
 
 def main() -> None:
     p = arguments(__doc__)
-    p.add_argument('--networks', nargs='+', default=None, help='names of mwt.models; left out: simcnn vgg16_bn resnet18 mobilenet')
+    p.add_argument('--networks', nargs='+', default=None, help='names of mwt.networks; left out: simcnn vgg16_bn resnet18 mobilenet')
     p.add_argument('--width', type=float, default=None, help='of the networks; left out: 1, or 0.125 with --quick')
     p.add_argument('--batches', type=int, nargs='+', default=None, help='images at a time; left out: 1 256, or 1 8 with --quick')
     p.add_argument('--modes', nargs='+', choices=list(MODES), default=None, help='left out: all; with --quick, eager and onnx')

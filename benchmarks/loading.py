@@ -26,6 +26,7 @@ from mwt.data.augment import Augment
 from mwt.data.batches import Batches
 from mwt.data.folders import cached_images, list_images
 from mwt.data.streams import image_files
+from mwt.measure import time_in_turns
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
@@ -93,7 +94,7 @@ def main() -> None:
     short = dict(batch=32, images=320, rounds=2) if a.quick else dict(batch=128, images=0, rounds=5)
     for k, v in short.items(): setattr(a, k, v if getattr(a, k) is None else getattr(a, k))
     work, n = candidates(a)
-    times = bench.side_by_side(work, a.device, a.rounds, warmup=1)
+    times = time_in_turns(work, a.device, a.rounds, warmup=1)
     bench.keep('loading', [dict(loader=name, images=n, batch=a.batch, workers=0 if name == 'mwt, resident' else a.workers, seconds=t['seconds'], low=t['low'],
                                 high=t['high'], images_per_second=n / t['seconds'], speedup=1 / t['ratio']) for name, t in times.items()], a)
 

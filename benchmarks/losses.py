@@ -7,7 +7,7 @@ Three forms of the same two numbers, which are checked to agree in values and gr
 - pairs, indexed: for each layer the (batch x batch) table of cosine similarities, of which boolean indexing takes the pairs
   above the diagonal, and of these the pairs of one class and those of two; the way of the published method;
 - pairs, weighted: the same table, multiplied by weights that are made once a batch; no indexing;
-- class sums: `mwt.losses.mask_losses`; no table.
+- class sums: `mwt.methods.losses.mask_losses`; no table.
 Rows go to results/losses.jsonl; `ratio` is the time over that of the first form.
 """
 from __future__ import annotations
@@ -16,8 +16,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from bench import arguments, keep, parse, side_by_side
+from bench import arguments, keep, parse
 from mwt.core.checks import seeded
+from mwt.measure import time_in_turns
 from mwt.methods.losses import mask_losses
 
 SIMCNN = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)       # kernels of its 13 layers
@@ -85,7 +86,7 @@ def main() -> None:
         labels = torch.randint(a.classes, (batch,)).to(a.device)
     check(masks, labels, a.classes)
     forms = {name: lambda form=form: step(form, masks, labels, a.classes) for name, form in FORMS.items()}
-    found = side_by_side(forms, a.device, rounds=5 if a.quick else 25)
+    found = time_in_turns(forms, a.device, rounds=5 if a.quick else 25)
     about = dict(batch=batch, kernels=kernels, layers=len(SIMCNN), classes=a.classes)
     keep('losses', [dict(form=name) | about | times | dict(faster=1 / times['ratio']) for name, times in found.items()], a)
 

@@ -7,41 +7,12 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from results import Row, each, mean, select, spread, values
 from mwt.measure import count_params
 from mwt.modules.parts import Parts, plot_masks
 
-Row = Mapping[str, Any] # one run, as benchmarks/quality.py stores it
 SETS = (2, 5, 10) # sizes of the sets of classes that modules were cut for
 STYLES = {'composable': ('o', '-', '0.1'), 'mwt': ('s', '--', '0.55')} # marker, line and grey of each method
-
-
-def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    "The rows that have these values, such as `network='simcnn:0.375'`."
-    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
-
-
-def each(rows: Sequence[Row], key: str) -> list[Any]:
-    "The different values of a column, in the order in which they come."
-    return list(dict.fromkeys(r[key] for r in rows))
-
-
-def values(rows: Sequence[Row], figure: str, less: str = '') -> list[float]:
-    "A figure of each run that has it, in percent; of two names, the first less the second."
-    found = [r for r in rows if figure in r]
-    if less: return [100 * (r[figure] - r[less]) for r in found]
-    return [100 * r[figure] for r in found]
-
-
-def mean(rows: Sequence[Row], figure: str, less: str = '') -> str:
-    "Mean over the runs, in percent: `95.0`; `-` where no run has it."
-    found = values(rows, figure, less)
-    return f'{statistics.mean(found):.1f}' if found else '-'
-
-
-def spread(rows: Sequence[Row], figure: str, less: str = '') -> str:
-    "Standard deviation over the runs, in points; `-` for fewer than two."
-    found = values(rows, figure, less)
-    return f'{statistics.stdev(found):.1f}' if len(found) > 1 else '-'
 
 
 def module_rows(rows: Sequence[Row], network: str, method: str) -> list[dict[str, str]]:
@@ -64,7 +35,8 @@ def plot_modules(rows: Sequence[Row], network: str, ax: Axes) -> Axes:
         ax.plot(x, y, marker=mark, linestyle=line, color=colour, label=method)
         for n, a, b in zip(SETS, x, y):
             ax.annotate(str(n), (a, b), textcoords='offset points', xytext=(5, -11), fontsize=8)
-    ax.set(xlabel='parameters kept (%)', ylabel='accuracy (%)', ylim=(0, 104), title=network)
+    ax.set(xlabel='parameters kept (%)', ylabel='accuracy (%)', xlim=(0, 110), ylim=(0, 104), title=network)
+    ax.label_outer()
     ax.legend(fontsize='small', frameon=False)
     return ax
 
@@ -74,14 +46,14 @@ def map_and_modules(
     modules: Mapping[str, torch.nn.Module], # name -> module
 ) -> Figure:
     "The kernels of each class, and beside them the sizes of modules that were cut out by this map."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout='constrained', width_ratios=(2.2, 1))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout='constrained', width_ratios=(2, 1))
     plot_masks(parts, ax=left)
     left.set(title='kernels that each class keeps (black)', xlabel='kernel, layer after layer')
     sizes = [100 * count_params(m) / m.full['params'] for m in modules.values()]
-    names = ['full network', *modules]
+    names = ['full network', *(f'module {name}' for name in modules)]
     bars = right.barh(names, [100, *sizes], color=['0.85', *['0.25'] * len(sizes)])
     right.bar_label(bars, ['100 %', *(f'{s:.1f} %' for s in sizes)], padding=4, fontsize=9)
     right.invert_yaxis()
-    right.set(title='parameters', xlim=(0, 130), xticks=[])
+    right.set(title='parameters', xlim=(0, 140), xticks=[])
     right.spines[['top', 'right', 'bottom']].set_visible(False)
     return fig

@@ -34,8 +34,9 @@ from mwt.networks import create_model
 from mwt.runs.report import environment
 from mwt.train.history import TrainConfig
 from mwt.train.fit import fit
+from results import FOLDER, figure, read
 
-RESULTS = HERE / 'results' / 'quality.jsonl'
+RESULTS = FOLDER/'quality.jsonl'
 RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
 PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['plain', 'composable'], epochs=10, batch=64, fives=20),
@@ -140,10 +141,6 @@ def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[
     return dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch, data=Path(a.data).name) | settings_of(method)[1]
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
 def run(a: argparse.Namespace) -> None:
     preset = PRESETS[a.preset]
     for k, v in preset.items():
@@ -159,22 +156,20 @@ def run(a: argparse.Namespace) -> None:
         print(key, {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
 
 
-COLUMNS = [('full', 'full', 100), ('KRR', 'krr', 100), ('2 classes', 'accuracy_2', 100), ('5', 'accuracy_5', 100), ('10', 'accuracy_10', 100),
-           ('full on the 2', 'full_2', 100), ('on the 5', 'full_5', 100), ('parameters 2', 'params_2', 100), ('5', 'params_5', 100), ('10', 'params_10', 100)]
+COLUMNS = [('full', 'full'), ('KRR', 'krr'), ('2 classes', 'accuracy_2'), ('5', 'accuracy_5'), ('10', 'accuracy_10'),
+           ('full on the 2', 'full_2'), ('on the 5', 'full_5'),
+           ('parameters 2', 'params_2'), ('5', 'params_5'), ('10', 'params_10')]
 
 
-def table(results: Path) -> str:
+def table(path: Path) -> str:
     "Mean and spread over seeds, in percent; and what the preset for GPUs has in store."
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for r in read(results): groups.setdefault((r['network'], r['epochs'], r['batch'], r['method']), []).append(r)
+    for r in read(path): groups.setdefault((r['network'], r['epochs'], r['batch'], r['method']), []).append(r)
     head = ['network', 'epochs', 'batch', 'method', 'seeds', *(c[0] for c in COLUMNS)]
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for (network, epochs, batch, method), runs in sorted(groups.items()):
         cells = [network, str(epochs), str(batch), method.replace(',', ', '), str(len(runs))]
-        for _, k, scale in COLUMNS:
-            values = [r[k] * scale for r in runs if k in r]
-            spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-            cells.append(f'{statistics.mean(values):.1f}{spread}' if values else '-')
+        cells += [figure(runs, k) for _, k in COLUMNS]
         lines.append('| ' + ' | '.join(cells) + ' |')
     gpu = PRESETS['gpu']
     missing = [m for m in itertools.product(gpu['networks'], [gpu['epochs']], [gpu['batch']], gpu['methods']) if m not in groups]

@@ -1,16 +1,55 @@
-"The stored results of the benchmarks, for pages and tables."
+"""The stored results: rows of `results/NAME.jsonl`, and what is said of several runs at once."""
 from __future__ import annotations
-import json
+import json, statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent/'results'
+FOLDER = Path(__file__).resolve().parent/'results'
+Row = Mapping[str, Any]         # one run, or one line of a table, as a benchmark stored it
 
 
-def results(
-    name: str, # of a benchmark, such as `quality`
-) -> list[dict[str, Any]]: # a row for each run or figure; none where nothing is stored
-    "The rows that a benchmark stored."
-    path = RESULTS/f'{name}.jsonl'
+def read(path: Path) -> list[dict[str, Any]]:
+    "Rows of a file of JSON lines; none where there is no file."
     if not path.exists(): return []
     return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    "All rows that the benchmark `name` stored."
+    return read(FOLDER/f'{name}.jsonl')
+
+
+def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    "The rows that have these values, such as `network='simcnn:0.375'`."
+    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+
+
+def each(rows: Sequence[Row], key: str) -> list[Any]:
+    "The different values of a column, in the order in which they come."
+    return list(dict.fromkeys(r[key] for r in rows))
+
+
+def values(rows: Sequence[Row], figure: str, less: str = '') -> list[float]:
+    "A figure of each run that has it, in percent; of two names, the first less the second."
+    found = [r for r in rows if figure in r]
+    if less: return [100 * (r[figure] - r[less]) for r in found]
+    return [100 * r[figure] for r in found]
+
+
+def mean(rows: Sequence[Row], figure: str, less: str = '') -> str:
+    "Mean over the runs, in percent: `95.0`; `-` where no run has it."
+    found = values(rows, figure, less)
+    return f'{statistics.mean(found):.1f}' if found else '-'
+
+
+def spread(rows: Sequence[Row], figure: str, less: str = '') -> str:
+    "Standard deviation over the runs, in points; `-` for fewer than two."
+    found = values(rows, figure, less)
+    return f'{statistics.stdev(found):.1f}' if len(found) > 1 else '-'
+
+
+def figure(rows: Sequence[Row], name: str) -> str:
+    "Mean and spread together: `95.0 ± 0.3`; the mean alone for a single run."
+    if len(values(rows, name)) < 2: return mean(rows, name)
+    return f'{mean(rows, name)} ± {spread(rows, name)}'

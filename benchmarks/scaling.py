@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from bench import arguments, keep, parse, side_by_side
+from bench import arguments, keep, parse
 from mwt.core.nets import memory_format
 from mwt.methods.modular import ModularModel, modularize
 from mwt.core.checks import seeded
 from mwt.methods.composable import SET_EVERY
+from mwt.measure import time_in_turns
 from mwt.networks import conv_block, create_model, init_convs
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import training_loss
@@ -116,7 +117,7 @@ def machine(device: torch.device, dtype: torch.dtype, product: int, copy: int) -
     images = torch.randn(-(-product**3 // (9 * 256**2 * 32**2)), 256, 32, 32, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     kernels = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     source, target = (torch.zeros(copy, dtype=torch.uint8, device=device) for _ in range(2))
-    found = side_by_side({'product': lambda: torch.mm(a, b), 'convolution': lambda: F.conv2d(images, kernels, padding=1), 'copy': lambda: target.copy_(source)}, device, rounds=9)
+    found = time_in_turns({'product': lambda: torch.mm(a, b), 'convolution': lambda: F.conv2d(images, kernels, padding=1), 'copy': lambda: target.copy_(source)}, device, rounds=9)
     flops = 2 * product**3 / found['product']['low'], 2 * len(images) * 9 * 256**2 * 32**2 / found['convolution']['low']
     return dict(peak_flops=max(flops), bandwidth=2 * copy / found['copy']['low'])
 
@@ -139,7 +140,7 @@ def measure(axis: str, size: dict[str, Any], make: Callable[..., Step], facts: d
         del step
     steps = {method: make(method, size) for method in METHODS}
     rows = []
-    for method, times in side_by_side(steps, steps['plain'].images.device, rounds, warmup=2).items():
+    for method, times in time_in_turns(steps, steps['plain'].images.device, rounds, warmup=2).items():
         limit = max(about[method]['flops'] / facts['peak_flops'], about[method]['bytes'] / facts['bandwidth'])
         rows.append(dict(axis=axis, value=size[axis], method=method) | times | about[method] | facts |
                     dict(achieved=about[method]['flops'] / times['seconds'], limit=limit, of_limit=limit / times['seconds']) |
@@ -156,7 +157,7 @@ def growth(sizes: dict[str, Any], make: Callable[..., Step], device: torch.devic
         return run
     for method in METHODS:
         steps = {size['classes']: several(make(method, size)) for size in along}
-        found |= {(method, n): times['ratio'] for n, times in side_by_side(steps, device, sizes['rounds'], warmup=1).items()}
+        found |= {(method, n): times['ratio'] for n, times in time_in_turns(steps, device, sizes['rounds'], warmup=1).items()}
     return found
 
 

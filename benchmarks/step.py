@@ -23,11 +23,12 @@ from collections.abc import Callable
 from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
-from bench import arguments, keep, parse, side_by_side
+from bench import arguments, keep, parse
 from mwt.core.nets import memory_format
 from mwt.methods.modular import ModularModel, modularize
 from mwt.core.checks import seeded
 from mwt.methods.composable import open_gates
+from mwt.measure import time_in_turns
 from mwt.networks import NETWORKS, create_model
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer
@@ -69,7 +70,7 @@ def runs(name: str, a: Any) -> tuple[dict[str, Callable[[], Any]], float]: # a s
 def measure(name: str, a: Any) -> list[dict[str, Any]]:
     "A row a candidate."
     steps, opened = runs(name, a)
-    times = side_by_side(steps, a.device, a.rounds, warmup=2 if a.quick else 3)
+    times = time_in_turns(steps, a.device, a.rounds, warmup=2 if a.quick else 3)
     learning, settled = times['composable, learning'], times['composable, settled']
     times['composable, run'] = {k: (learning[k] + settled[k]) / 2 for k in learning}
     if a.profile:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +17,35 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core.checks import check_range
 from .core.display import Table, percent
 from .core.processes import global_sum
-from .core.nets import device_of, evaluating
+from .core.nets import device_of, evaluating, logits_of
 from .data.batches import Batches
+from .data.loaders import LoaderBatches, as_batches
 from .channels.trace import find_example, input_channels
 
 # %% auto #0
 __all__ = ['evaluate', 'profile']
 
 # %% ../nbs/06_measure/01_measure.ipynb #60c8355e
+def n_outputs(
+    model: nn.Module, # any network
+) -> int | None: # `None` for one that takes no images of a usual size
+    "How many classes a network tells apart."
+    try: example = find_example(model)
+    except ValueError: return None
+    with evaluating(model): return logits_of(model(example)).shape[1]
+
+def found_batches(
+    model: nn.Module, # any network
+    batches: Batches | LoaderBatches | Iterable, # a split, a `DataLoader`, or an iterable of batches
+) -> Batches | LoaderBatches: # a loader's on the network's device
+    "What a network is judged on. Raises `TypeError` or `ValueError` for what cannot be used."
+    if isinstance(batches, Batches): return batches
+    return as_batches(batches, device=device_of(model), n_classes=n_outputs(model))
+
+# %% ../nbs/06_measure/01_measure.ipynb #714b6fd1
 def known_classes(
     model: nn.Module, # any network
-    batches: Batches, # the images it is judged on
+    batches: Batches | LoaderBatches, # the images it is judged on
 ) -> list[str]: # its outputs, in order
     "The classes that a network tells apart; those of the data for a network that does not say."
     classes = getattr(model, 'classes', None)
@@ -37,11 +55,12 @@ def known_classes(
 # %% ../nbs/06_measure/01_measure.ipynb #528efa00
 def check_channels(
     model: nn.Module, # any network
-    batches: Batches, # the images it shall see
+    batches: Batches | LoaderBatches | Iterable, # the images it shall see
 ) -> None:
     "Raises `ValueError` for images of another number of channels than the network takes."
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()): return
-    takes, has = input_channels(model), batches.shape[0]
+    takes = input_channels(model)
+    has = found_batches(model, batches).shape[0]
     if takes != has:
         raise ValueError(f"the network takes images of {takes} channels, the data has {has}; "
                          f"make the network with in_channels={has}")
@@ -56,10 +75,11 @@ def _logits(model: nn.Module, images: Tensor, n: int) -> Tensor:
 
 def confusion(
     model: nn.Module, # any network
-    batches: Batches, # images and labels
+    batches: Batches | LoaderBatches | Iterable, # a split or a `DataLoader`
     classes: Sequence[str] | None = None, # judge these classes only; `None` takes all that it knows
 ) -> Tensor: # (classes, classes) counts on the CPU: rows are true, columns answered
     "Which class was taken for which. Raises `ValueError` for an unknown class."
+    batches = found_batches(model, batches)
     check_channels(model, batches)
     known = known_classes(model, batches)
     chosen = list(known if classes is None else classes)
@@ -81,7 +101,7 @@ def confusion(
 # %% ../nbs/06_measure/01_measure.ipynb #e2260509
 def evaluate(
     model: nn.Module, # any network
-    batches: Batches, # images and labels
+    batches: Batches | LoaderBatches | Iterable, # a split or a `DataLoader`
     classes: Sequence[str] | None = None, # judge these classes only; `None` takes all that it knows
 ) -> float: # accuracy, a fraction in [0, 1]
     "The fraction of samples that a network gets right."
@@ -201,8 +221,8 @@ def profile(
     "Parameters, FLOPs and latency of a network, beside those of a full model."
     networks = [model]
     if against is not None:
-        without_masks = getattr(against, 'plain', None)
-        networks.append(without_masks() if without_masks else against)
+        if hasattr(against, 'plain'): against = against.plain()
+        networks.append(against)
     found = profiles(networks, batch_size, repeats)
     remembered = getattr(model, 'full', None)       # a module knows what it was cut from
     if against is None and remembered:

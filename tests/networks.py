@@ -1,6 +1,7 @@
 "What several tests need: the six networks, random weights that matter, random parts."
 from __future__ import annotations
 from collections.abc import Callable
+from functools import partial
 import torch
 import torchvision
 from torch import nn
@@ -8,15 +9,25 @@ from mwt.methods.modular import ModularModel, fixed_masks
 from mwt.modules.parts import Parts
 from mwt.networks import create_model
 
+def vgg11_bn() -> nn.Module:
+    "The network of torchvision with a narrow classifier; its own one has 120 million weights."
+    vgg = torchvision.models.vgg
+    features = vgg.make_layers(vgg.cfgs['A'], batch_norm=True)
+    with torch.device('meta'): net = vgg.VGG(features, num_classes=10, init_weights=False)
+    net.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 64), nn.ReLU(), nn.Dropout(),
+                                   nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10))
+    return net
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    **{name: lambda name=name: create_model(name, width=0.25) for name in ('simcnn', 'rescnn', 'vgg16_bn', 'resnet18')},
-    'torchvision/vgg11_bn': lambda: torchvision.models.vgg11_bn(weights=None, num_classes=10),
+    **{n: partial(create_model, n, width=0.25) for n in ('simcnn', 'rescnn', 'vgg16_bn', 'resnet18')},
+    'torchvision/vgg11_bn': vgg11_bn,
     'torchvision/resnet18': lambda: torchvision.models.resnet18(weights=None, num_classes=10)}
 
 
 @torch.no_grad()
 def lively(net: nn.Module, seed: int = 0) -> nn.Module:
-    "Give norms and biases values that a trained network could have; fresh ones (0 and 1) would hide mistakes."
+    "Give norms and biases values that a trained network could have; fresh ones (0, 1) would hide mistakes."
     generator = torch.Generator().manual_seed(seed)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -27,7 +38,7 @@ def lively(net: nn.Module, seed: int = 0) -> nn.Module:
         elif isinstance(layer, nn.Linear):
             layer.weight.normal_(0, 0.8 * layer.in_features**-.5, generator=generator)
             layer.bias.normal_(0, .1, generator=generator)
-        elif isinstance(layer, nn.Conv2d) and layer.bias is not None:        # no norm will bring its output to size
+        elif isinstance(layer, nn.Conv2d) and layer.bias is not None:   # no norm brings its output to size
             layer.weight.normal_(0, (2 / layer.weight[0].numel())**.5, generator=generator)
             layer.bias.uniform_(0, .2, generator=generator)
     return net
@@ -35,10 +46,11 @@ def lively(net: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def calibrate(model: ModularModel, masks: dict[str, torch.Tensor]) -> None:
-    "Give the norms the statistics of the network with these kernels, so that signals reach the end at their usual size."
-    norms, generator = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)], torch.Generator().manual_seed(2)
-    for norm in norms: norm.momentum = 1.0
-    with fixed_masks(model, masks): model.train()(torch.randn(16, *model.input_shape, generator=generator).to(next(model.parameters())))
+    "Give the norms the statistics of the network with these kernels, so that signals keep their usual size."
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d): norm.momentum = 1.0
+    x = torch.randn(16, *model.input_shape, generator=torch.Generator().manual_seed(2))
+    with fixed_masks(model, masks): model.train()(x.to(next(model.parameters())))
     model.eval()
 
 

@@ -10,9 +10,9 @@ from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, resn
 N = 10                  # classes
 SIDES = {'alexnet': 64, 'googlenet': 64, 'inception_v3': 96}        # pixels; 32 for all others
 FAMILIES = [
-    'alexnet', 'vgg11', 'vgg11_bn', 'resnet18', 'resnext50_32x4d', 'wide_resnet50_2', 'squeezenet1_1', 'densenet121',
-    'googlenet', 'inception_v3', 'shufflenet_v2_x0_5', 'mobilenet_v2', 'mobilenet_v3_small', 'mnasnet0_5',
-    'efficientnet_b0', 'efficientnet_v2_s', 'regnet_x_400mf', 'regnet_y_400mf', 'convnext_tiny']
+    'alexnet', 'vgg11', 'vgg11_bn', 'resnet18', 'resnext50_32x4d', 'wide_resnet50_2', 'squeezenet1_1',
+    'densenet121', 'googlenet', 'inception_v3', 'shufflenet_v2_x0_5', 'mobilenet_v2', 'mobilenet_v3_small',
+    'mnasnet0_5', 'efficientnet_b0', 'efficientnet_v2_s', 'regnet_x_400mf', 'regnet_y_400mf', 'convnext_tiny']
 
 
 def images(name: str) -> torch.Tensor: # (4, 3, side, side)
@@ -33,7 +33,8 @@ def narrow_head(make: Callable[[], nn.Module]) -> nn.Module:
         net = make()
         old = [layer for layer in net.classifier if isinstance(layer, nn.Linear)]
         new = iter([nn.Linear(old[0].in_features, 64), nn.Linear(64, 64), nn.Linear(64, N)])
-        net.classifier = nn.Sequential(*(next(new) if isinstance(layer, nn.Linear) else layer for layer in net.classifier))
+        layers = [next(new) if isinstance(layer, nn.Linear) else layer for layer in net.classifier]
+        net.classifier = nn.Sequential(*layers)
     net = net.to_empty(device='cpu')
     for layer in net.modules():
         if hasattr(layer, 'reset_parameters'): layer.reset_parameters()
@@ -74,7 +75,7 @@ def small_efficientnet_v2() -> nn.Module:
 
 
 def small_regnet(**settings: float) -> nn.Module:
-    sizes = regnet.BlockParams.from_init_params(depth=6, w_0=24, w_a=24.48, w_m=2.54, group_width=8, **settings)
+    sizes = regnet.BlockParams.from_init_params(6, w_0=24, w_a=24.48, w_m=2.54, group_width=8, **settings)
     return regnet.RegNet(sizes, num_classes=N)
 
 

@@ -212,14 +212,15 @@ TARGETS: list[tuple[Any, str]] = [
     ([1, 'one'], "'one' is given twice; name each once"),
     ([10], 'class number 10 out of range: there are 10 classes, 0 to 9'),
     ([-1], 'class number -1 out of range: there are 10 classes, 0 to 9'),
-    *((given, f"unknown class {value!r} (known: 'zero', 'one'") for given, value in [
+    *((given, f'unknown class {value!r}') for given, value in [
         ('', ''), ('ten', 'ten'), ([True], True), ([1.0], 1.0), ([None], None), ([['one']], ['one'])])]
 
 
 @pytest.mark.parametrize('classes, says', TARGETS, ids=lambda v: repr(v)[:20])
 def test_target_classes(classes: Any, says: str, scene: Any) -> None:
     with pytest.raises((ValueError, TypeError)) as e: extract(scene.model, scene.parts, classes)
-    assert says in str(e.value)
+    known = "known: 'zero', 'one', 'two'" if says.startswith('unknown') else ''
+    assert says in str(e.value) and known in str(e.value)
 
 
 @pytest.mark.parametrize('other', [dict(width=.2), dict(name='rescnn')], ids=['wider', 'another network'])

@@ -127,11 +127,15 @@ def find_example(
     example_input: Tensor | None = None, # (batch, channels, height, width); `None`: usual sizes
 ) -> Tensor: # (2, channels, height, width) on the network's device, random but always the same
     "An input that the network accepts. Raises `ValueError` where none is found."
-    if example_input is not None: shapes = [tuple(example_input.shape[1:])]
-    else: shapes = [(input_channels(model), side, side) for side in SIZES]
+    like = next(model.parameters(), torch.zeros(0))
+    if example_input is None: shapes = [(input_channels(model), side, side) for side in SIZES]
+    else:
+        shapes = [tuple(example_input.shape[1:])]
+        if example_input.is_floating_point(): like = example_input
     errors = []
     for shape in shapes:
-        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(model))
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        x = x.to(device_of(model), like.dtype)
         try:
             with evaluating(model): model(x)
             return x

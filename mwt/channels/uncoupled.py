@@ -25,6 +25,7 @@ class ActivationCut:
         model: nn.Module, # a plain network
         example: Tensor, # an input that it accepts
         is_point: Callable[[fx.Node, nn.Module | None], bool], # may a mask stand behind this operation?
+        stays: Tensor | None = None, # (numbers,) boolean, further channels that must stay
     ) -> None:
         self.model = model
         self.tracker = ChannelTracker(model, example).track()
@@ -33,6 +34,7 @@ class ActivationCut:
         self.flows = {n: f for n, f in self.tracker.activations.items() if f is not None}
         self.points = {n.name: n for n in self.graph.nodes if n in self.flows and is_point(n, self.layer(n))}
         self.pinned = self.find_pinned()
+        if stays is not None: self.pinned[self.root[stays]] = True
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         "The layer that an operation calls, if it calls one."
@@ -72,29 +74,21 @@ def grouped(self: ActivationCut, node: fx.Node) -> bool:
 
 @patch
 def find_pinned(self: ActivationCut) -> Tensor: # (roots,) boolean
-    "Channels that no mask may drop: a trace through them has to stay, or their zeros would be lost before they are read."
+    "Channels that no mask may drop."
     pinned = self.nothing()
     pinned[torch.tensor([int(self.root[i]) for i in self.tracker.groups.reasons()], dtype=torch.long)] = True
     for name, layer in self.tracker.layers.items():
         if layer.calls == 1: continue           # a layer that runs twice cannot be cut in two ways
         for ids in (layer.reads, layer.writes):
             if ids is not None: pinned[self.root[ids]] = True
-    lost: dict[fx.Node, Tensor] = {}            # a dropped channel may be anything but zero here
-    for node in self.graph.nodes:
-        before = [lost[n] for n in self.inputs(node)] if node.op != 'placeholder' else []
-        if node.op == 'output' or self.writes(node):
-            for b in before: pinned |= b
-        if node not in self.flows: continue
-        clean = node.name in self.points or not before or self.writes(node)
-        lost[node] = self.nothing() if clean else torch.stack(before).any(0)
-        if not clean and self.loses_zeros(node): lost[node] |= self.roots(node)
     return pinned
 
 @patch
 def loses_zeros(self: ActivationCut, node: fx.Node) -> bool:
     "Does this operation turn zeros into something else?"
-    if isinstance(self.layer(node), NORMS): return True
-    flow = self.flows[node]
+    layer, flow = self.layer(node), self.flows[node]
+    if isinstance(layer, NORMS): return True
+    if self.grouped(node) and layer.bias is not None: return True
     if isinstance(flow, list) or not flow.zeros_lost_at: return False
     return not any(isinstance(f, Activation) and f.zeros_lost_at for f in (self.flows[n] for n in self.inputs(node)))
 
@@ -119,7 +113,8 @@ def alive(self: ActivationCut, masks: Mapping[fx.Node, Tensor]) -> dict[fx.Node,
         if node not in self.flows: continue
         before = [found[n] for n in self.inputs(node)]
         found[node] = self.roots(node)
-        if before and not self.writes(node): found[node] &= torch.stack(before).any(0)
+        passes_on = before and not self.writes(node) and not self.loses_zeros(node)
+        if passes_on: found[node] &= torch.stack(before).any(0)
         if node in masks: found[node] &= masks[node]
     return found
 
@@ -149,16 +144,16 @@ def align_(self: ActivationCut,
     node: fx.Node, # an activation, in the new graph
     flow: Activation, # of the old one
     there: Tensor, # (roots,) boolean, what is in it
+    valid: Tensor, # (roots,) boolean, what of it counts; the rest is to be zero
     wanted: Tensor, # (roots,) boolean, what shall be in it
 ) -> fx.Node:
     "Gather channels: those wanted, in order, and zeros for those that are not there."
-    dims = varying(flow.ids)
-    if not dims or torch.equal(there & wanted, wanted | there): return node
-    [dim] = dims
+    if torch.equal(there, wanted) and not (wanted & ~valid).any(): return node
+    [dim] = varying(flow.ids) or [1]
     order = self.root[flow.ids.movedim(dim, 0).flatten(1)[:, 0]]
     place = there[order].cumsum(0) - 1
     n = int(there[order].sum())
-    index = [int(place[i]) if there[order[i]] else n for i in range(len(order)) if wanted[order[i]]]
+    index = [int(place[i]) if valid[r] else n for i, r in enumerate(order.tolist()) if wanted[r]]
     if n in index:
         pad = [0, 0] * (flow.ids.ndim - 1 - dim) + [0, 1]
         node = graph.call_function(F.pad, (node, pad))
@@ -169,14 +164,13 @@ def align_(self: ActivationCut,
 def cut(self: ActivationCut,
     masks: Mapping[str, Tensor], # point -> (channels,) boolean: what it keeps; points that are not named keep all
 ) -> fx.GraphModule: # in eval mode; computes what the network computes with these masks behind its points
-    "A slim network. Raises `ValueError` where a layer would be left without any kernel."
+    "A slim network."
     masks = self.mask_of_roots(masks)
     alive, wanted = self.alive(masks), self.wanted(masks)
-    present = {n: alive[n] & wanted[n] for n in alive}
     net, graph, there, new = deepcopy(self.model), fx.Graph(), {}, {}
     for node in self.graph.nodes:
-        if node in self.flows: there[node] = self.target(node, present, there)
-        aligned = {n: self.aligned(graph, n, node, new, there) for n in node.all_input_nodes}
+        if node in self.flows: there[node] = self.target(node, alive[node] & wanted[node], there)
+        aligned = {n: self.aligned(graph, n, node, new, there, alive) for n in node.all_input_nodes}
         new[node] = graph.node_copy(node, lambda n: aligned[n])
         if node.op == 'call_module' and node.target in self.tracker.layers: self.slice_(net, node, there)
         if node.op == 'get_attr' and node in self.flows and node.target in self.tracker.tensors:
@@ -184,21 +178,39 @@ def cut(self: ActivationCut,
     return fx.GraphModule(net, graph).eval()
 
 @patch
-def target(self: ActivationCut, node: fx.Node, present: Mapping[fx.Node, Tensor], there: Mapping[fx.Node, Tensor]) -> Tensor:
-    "What will be in the result of an operation, (roots,) boolean."
+def aligns(self: ActivationCut, node: fx.Node) -> bool:
+    "Does this operation need its inputs in line with its result?"
+    return len(self.inputs(node)) > 1 or node.name in self.points or self.loses_zeros(node)
+
+@patch
+def target(self: ActivationCut,
+    node: fx.Node, # an operation
+    present: Tensor, # (roots,) boolean, what of its result is alive and wanted
+    there: Mapping[fx.Node, Tensor], # what is in the results of earlier operations
+) -> Tensor: # (roots,) boolean; one channel at least, since no layer can do without any
+    "What will be in the result of an operation."
     before = self.inputs(node)
-    aligns = len(before) > 1 or node.name in self.points
-    if not before or self.writes(node) or aligns: return present[node]
-    return there[before[0]] & self.roots(node)
+    if before and not self.writes(node) and not self.aligns(node): return there[before[0]] & self.roots(node)
+    if not present.any(): present[self.roots(node).nonzero()[0]] = True
+    return present
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #5de595b1
 @patch
-def aligned(self: ActivationCut, graph: fx.Graph, source: fx.Node, user: fx.Node, new: Mapping[fx.Node, fx.Node],
-            there: Mapping[fx.Node, Tensor]) -> fx.Node:
+def aligned(self: ActivationCut,
+    graph: fx.Graph, # of the slim network
+    source: fx.Node, # an input
+    user: fx.Node, # of this operation
+    new: Mapping[fx.Node, fx.Node], # operation -> the same in the new graph
+    there: Mapping[fx.Node, Tensor], # operation -> what is in its result
+    alive: Mapping[fx.Node, Tensor], # operation -> what of its result is not masked
+) -> fx.Node:
     "An input of an operation, in line with what the operation's result shall have."
     flow = self.flows.get(source)
-    if not isinstance(flow, Activation) or user not in self.flows or self.writes(user): return new[source]
-    return self.align_(graph, new[source], flow, there[source], there[user] & self.roots(source))
+    passes = user not in self.flows or self.writes(user) or not self.aligns(user)
+    if not isinstance(flow, Activation) or passes: return new[source]
+    valid = there[source] & alive[source]
+    if user.name in self.points: valid = valid & alive[user]
+    return self.align_(graph, new[source], flow, there[source], valid, there[user] & self.roots(source))
 
 @patch
 def slice_(self: ActivationCut, net: nn.Module, node: fx.Node, there: Mapping[fx.Node, Tensor]) -> None:
@@ -207,8 +219,6 @@ def slice_(self: ActivationCut, net: nn.Module, node: fx.Node, there: Mapping[fx
     [source] = self.inputs(node)
     reads = None if layer.reads is None else there[source][self.root[layer.reads]]
     writes = there[node][self.root[layer.writes]]
-    if not writes.any():
-        raise ValueError(f'{node.target}: no kernel is kept; a network without this layer computes nothing')
     _cut_layer(net.get_submodule(node.target), reads, writes)
 
 @patch

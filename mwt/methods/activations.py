@@ -20,14 +20,14 @@ from .points import MaskPoint, recorded
 __all__ = []
 
 # %% ../../nbs/05_methods/07_activations.ipynb #e4f3dfb4
-RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_, 'relu', 'relu_')
+RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_, F.relu6, 'relu', 'relu_')
 
 def is_relu(
     node: fx.Node, # an operation
     layer: nn.Module | None, # the layer that it calls, if any
 ) -> bool:
     "Is this operation a ReLU, as a layer, a function or a method?"
-    return isinstance(layer, nn.ReLU) or node.op != 'call_module' and node.target in RELU_FUNCTIONS
+    return isinstance(layer, (nn.ReLU, nn.ReLU6)) or node.op != 'call_module' and node.target in RELU_FUNCTIONS
 
 # %% ../../nbs/05_methods/07_activations.ipynb #1370b06d
 def traced_in_mode(
@@ -62,6 +62,15 @@ def _find(net: nn.Module, path: str) -> Any:
     return getattr(net.get_submodule(owner), name)
 
 # %% ../../nbs/05_methods/07_activations.ipynb #f0757d3c
+def left_alone(
+    channels: ChannelMap, # of the network
+) -> Tensor: # (numbers,) boolean
+    "The channels that are written by layers which are left alone, by their `reason`."
+    found = torch.zeros(len(channels.root), dtype=torch.bool)
+    for info in channels.infos:
+        if info.reason: found[channels.root[channels.layers[info.name].writes]] = True
+    return found
+
 class ActivationMasks(Masks):
     "Points behind activations of a network, which listen, and mask where masks are given by hand."
     def __init__(self,
@@ -73,9 +82,11 @@ class ActivationMasks(Masks):
         super().__init__()
         self.channels = channels
         self.is_point = is_point
-        plan = ActivationCut(net, example, is_point)
+        self.fixed = left_alone(channels)
+        plan = ActivationCut(net, example, is_point, self.fixed)
         free = {name: ~plan.pinned[plan.channels(node)] for name, node in plan.points.items()}
         self.stays = {name: ~f for name, f in free.items()}     # (channels,) boolean, cannot be dropped
+        self.order = {name: plan.channels(node) for name, node in plan.points.items()}  # root of each channel
         self.kernels = {name: len(f) for name, f in free.items()}
         if not any(f.any() for f in free.values()):
             raise ValueError(f'{type(net).__name__}: no layer is left to mask; no ReLU of it has channels that can be dropped')
@@ -116,17 +127,25 @@ def with_masks(self: ActivationMasks, net: nn.Module, x: Tensor) -> tuple[Any, l
 
 @patch
 def hold(self: ActivationMasks, masks: Mapping[str, Tensor] | None) -> None:
-    "Let every image get these masks; channels that cannot be dropped stay."
+    "Let every image get these masks; channels that cannot be dropped stay, coupled ones stay together."
     for name, point in self.points.items():
         point.fixed = None
         if masks is None: continue
-        mask = masks[name].float().masked_fill(self.stays[name].to(masks[name].device), 1.)
-        point.fixed = mask.to(self.device())
+        mask = masks[name].float().cpu().masked_fill(self.stays[name], 1.)
+        point.fixed = together(mask, self.order[name]).to(self.device())
+
+def together(
+    mask: Tensor, # (channels,), in [0, 1]
+    root: Tensor, # (channels,), the number of each channel's set
+) -> Tensor: # (channels,), the largest value of each channel's set
+    "Channels of one set, such as those of a group of a grouped convolution, get the same mask."
+    sets, at = root.unique(return_inverse=True)
+    return mask.new_zeros(len(sets)).scatter_reduce(0, at, mask, 'amax')[at]
 
 @patch
 def cut(self: ActivationMasks, net: nn.Module, keep: Mapping[str, Tensor], example: Tensor) -> nn.Module:
     "A slim network in which each activation keeps its own channels."
-    return ActivationCut(net.eval(), example, self.is_point).cut(keep)
+    return ActivationCut(net.eval(), example, self.is_point, self.fixed).cut(keep)
 
 @patch
 def device(self: ActivationMasks) -> torch.device:

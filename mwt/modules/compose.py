@@ -32,7 +32,7 @@ def prefixed_steps(
     steps: Sequence[Mapping[str, Any]], # of a module
     prefix: str, # for its steps, layers and tensors
     source: str, # the step that is its input
-) -> tuple[list[dict[str, Any]], Any]: # the steps between input and output; the argument that is its output
+) -> tuple[list[dict[str, Any]], Any]: # steps between input and output; what is put out
     "The inner steps of a module under a prefix, and what they lead to."
     names = {s['name']: f"{prefix}_{s['name']}" for s in steps}
     names |= {s['name']: source for s in steps if s['kind'] == 'input'}
@@ -84,9 +84,9 @@ def joined_description(
 
 # %% ../../nbs/08_modules/07_compose.ipynb #abdc8acc
 def compose(
-    modules: Sequence[SlimModule], # of different classes, from one model or several, for one image shape
+    modules: Sequence[SlimModule], # of different classes, for images of one shape
 ) -> SlimModule: # one module with all their classes, in eval mode
-    "Set modules side by side. Raises `ValueError` where a class is in two of them or shapes differ."
+    "Set modules side by side. Raises `ValueError` for a class in two of them, or two shapes."
     _check_composable(modules)
     first = modules[0]
     same = all(m.full == first.full for m in modules)       # cut from equally large models
@@ -105,9 +105,9 @@ def with_new_head(
     "A description with a new head."
     d = copy.deepcopy(dict(description))
     output = d['steps'].pop()
-    relu = dict(name='before_head', kind='function', target='F.relu', args=output['args'], kwargs={})
-    layer = dict(name='new_head', kind='layer', target='new_head', args=[{'step': 'before_head'}],
-                 kwargs={})
+    relu = dict(name='before_head', kind='function', target='F.relu', args=output['args'])
+    layer = dict(name='new_head', kind='layer', target='new_head', args=[{'step': 'before_head'}])
+    for step in (relu, layer): step['kwargs'] = {}
     d['steps'] += [relu, layer, dict(output, args=[{'step': 'new_head'}])]
     d['layers']['new_head'] = describe_layer('new_head', head)
     return d

@@ -5,6 +5,7 @@
 # %% ../../nbs/08_modules/03_decompose.ipynb #1ed0198e
 from __future__ import annotations
 import warnings
+from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,6 +15,7 @@ from ..core.display import progress
 from ..core.nets import device_of, evaluating
 from ..core.processes import global_rows, global_sum, rank_and_size
 from ..data.batches import Batches
+from ..data.loaders import LoaderBatches, as_batches
 from ..measure import check_channels
 from ..methods.losses import class_sums
 from ..methods.modular import ModularModel
@@ -72,7 +74,7 @@ def merge(self: MaskCounter) -> None:
 # %% ../../nbs/08_modules/03_decompose.ipynb #94411ee1
 def count_masks(
     model: ModularModel, # a trained modular model
-    batches: Batches, # images of all its classes, in a fixed order, on the model's device
+    batches: Batches | LoaderBatches, # images of all its classes, on the model's device
     samples: int, # masks to keep of each class
     show_progress: bool = True, # a progress bar
 ) -> MaskCounter:
@@ -142,36 +144,49 @@ def known_parts(
     return Parts(classes, model.kernels, kept.double(), kept, thresholds, torch.ones(n), samples)
 
 # %% ../../nbs/08_modules/03_decompose.ipynb #8b0766b4
-def _check_decompose(model: nn.Module, batches: Batches) -> None:
-    "Raises unless this is a modular model, and these are images of all its classes."
-    if not isinstance(model, ModularModel):
-        raise TypeError(f"{type(model).__name__} was never modularized, it makes no masks; "
-                        "use modularize(model, ...) and train it")
+def check_samples(
+    counts: Tensor, # (classes,), samples of each class
+    classes: Sequence[str], # their names
+) -> None:
+    "Raises `ValueError` for a class without samples."
+    missing = [name for name, n in zip(classes, counts.tolist()) if not n]
+    if not missing: return
+    raise ValueError(f"class {missing[0]!r} has no samples; its kernels cannot be counted")
+
+# %% ../../nbs/08_modules/03_decompose.ipynb #234f6a36
+def check_decompose(
+    model: nn.Module, # anything, really
+    batches: Batches | LoaderBatches, # likewise
+) -> None:
+    "Raises unless these are images of all classes of the model."
     unnamed = model.classes == [str(i) for i in range(model.n_classes)]     # not trained by fit
     same = unnamed or batches.classes == model.classes
     if len(batches.classes) != model.n_classes or not same:
         raise ValueError(f"the model tells {model.classes} apart, the data has {batches.classes}; "
                          "pass all classes in that order")
     check_channels(model, batches)
-    present = set(batches.labels.unique().tolist())
-    missing = [name for i, name in enumerate(batches.classes) if i not in present]
-    if not missing: return
-    raise ValueError(f"class {missing[0]!r} has no samples; its kernels cannot be counted")
+    if isinstance(batches, LoaderBatches): return
+    check_samples(batches.labels.bincount(minlength=model.n_classes), batches.classes)
 
-# %% ../../nbs/08_modules/03_decompose.ipynb #571efa01
+# %% ../../nbs/08_modules/03_decompose.ipynb #2f619aa4
 def decompose(
     model: ModularModel, # a trained modular model
-    batches: Batches, # images of all its classes, usually `data.train`
+    batches: Batches | Iterable, # images of all its classes, e.g. `data.train` or a `DataLoader`
     threshold: float = 0.9, # keep a kernel used by at least this fraction of a class, in (0, 1]
     samples: int = 200, # masks of each class that cohesion is measured on, at least 2
     show_progress: bool = True, # a progress bar
 ) -> Parts: # the kernels of all classes
     "Find the kernels of each class (MwT, section 3.3). Raises first if something does not fit."
-    _check_decompose(model, batches)
+    if not isinstance(model, ModularModel):
+        raise TypeError(f"{type(model).__name__} was never modularized, it makes no masks; "
+                        "use modularize(model, ...) and train it")
     check_range('threshold', threshold, 0, 1, open_low=True)
     check_range('samples', samples, 2, integer=True)
+    batches = as_batches(batches, device=device_of(model), n_classes=model.n_classes)
+    check_decompose(model, batches)
     classes = list(batches.classes)
     kept = model.method.kernels_of_classes(model)
     if kept is not None: return known_parts(model, kept, classes, threshold, samples)
     counter = count_masks(model, batches.plain().to(device_of(model)), samples, show_progress)
+    check_samples(counter.seen, classes)
     return counted_parts(model, counter, classes, threshold, samples)

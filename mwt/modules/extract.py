@@ -45,7 +45,7 @@ def _check_parts(model: ModularModel, parts: Parts) -> None:
                      'decompose this model first')
 
 # %% ../../nbs/08_modules/06_extract.ipynb #3639c2f5
-TOLERANCE = 1e-3        # of the size of the logits; float32 rounding stays below 1e-5 in deep networks
+TOLERANCE = 1e-3        # of the size of the logits; float32 rounding stays far below
 FLOOR = 0.01            # of the size of the terms that the head adds up
 
 def own_scale(
@@ -109,7 +109,9 @@ def extract(
     check_exact(module, model, masks, rows, model.example())
     return fold_norms(module) if fuse else module
 
-def _masks_to_keep(model: ModularModel, parts: Parts, rows: list[int], round_to: int) -> dict[str, Tensor]:
+def _masks_to_keep(
+    model: ModularModel, parts: Parts, rows: list[int], round_to: int
+) -> dict[str, Tensor]:
     "The kernels that the target classes need, and those that round their numbers up."
     masks = union_masks(parts, rows)
     if round_to == 1: return masks

@@ -60,7 +60,7 @@ def load_checkpoint(
     model: nn.Module, # a network of the same shape; changed in place
     path: str | Path, # a file of `save_checkpoint`
 ) -> dict[str, Any]: # what was kept beside the weights
-    "Read weights into a network. Raises `ValueError` for a file that is damaged, not ours or of another network."
+    "Read weights into a network. Raises `ValueError` for a damaged file or another network."
     weights, about = load_tensors(path, 'checkpoint')
     weights = ask(model, 'upgrade', weights, otherwise=weights)
     if fault := misfit(model, weights, about):

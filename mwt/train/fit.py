@@ -45,7 +45,8 @@ def check_fit(
         shape = tuple(images.shape[1:])
         raise ValueError(f"the network does not accept images of {shape}: {e}") from e
     if logits.shape[1] == data.n_classes: return
-    raise ValueError(f"the network answers for {logits.shape[1]} classes, the data has {data.n_classes}; "
+    raise ValueError(f"the network answers for {logits.shape[1]} classes, "
+                     f"the data has {data.n_classes}; "
                      f"make the network with num_classes={data.n_classes}")
 
 # %% ../../nbs/07_train/04_fit.ipynb #54492fe3
@@ -62,7 +63,8 @@ def is_compiled(
         check_choice('compile', compile, ['auto'], 'or True, or False')
         return device.type == 'cuda' and n == 1 and steps >= COMPILE_FROM
     if compile and n > 1:
-        raise ValueError(f'compile=True is for a single process, and this is one of {n}; leave it out')
+        raise ValueError(f'compile=True is for a single process, and this is one of {n}; '
+                         'leave it out')
     return compile
 
 # %% ../../nbs/07_train/04_fit.ipynb #8fefa0ed
@@ -71,8 +73,10 @@ def warn_of_slow_bfloat16(
     device: torch.device, # of the run
 ) -> None:
     "Say so where bfloat16 was asked for and the CPU has no instructions for it."
-    if not config.amp or device.type != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported(): return
-    warnings.warn('amp=True: this CPU has no fast bfloat16, a step takes several times as long; leave amp out')
+    if not config.amp or device.type != 'cpu': return
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported(): return
+    warnings.warn('amp=True: this CPU has no fast bfloat16, a step takes several times as long; '
+                  'leave amp out')
 
 def own_share(
     data: ImageData, # the same in all processes
@@ -96,7 +100,8 @@ def found_data(
     model: nn.Module, # to be trained
 ) -> ImageData: # or what answers like it
     "The data on the device of the run. Raises `TypeError` or `ValueError` for what cannot be used."
-    if not isinstance(data, ImageData): return as_image_data(data, device=device, n_classes=n_outputs(model))
+    if not isinstance(data, ImageData):
+        return as_image_data(data, device=device, n_classes=n_outputs(model))
     return data if device is None else data.to(device)
 
 # %% ../../nbs/07_train/04_fit.ipynb #19423d9a
@@ -163,12 +168,13 @@ def epoch(self: Fit,
 ) -> None:
     "Train for an epoch, judge it, keep what is to be kept."
     means = train_epoch(self.run, self.data.train, bar)
-    row = dict(epoch=len(self.history.rows) + 1) | {name: value.item() for name, value in means.items()}
+    row: dict[str, float] = dict(epoch=len(self.history.rows) + 1)
+    for name, value in means.items(): row[name] = value.item()
     row['valid_accuracy'] = evaluate(self.run.net, self.data.valid)
     self.check_finite(row)
     self.history.rows.append(row)
-    accuracy = percent(row['valid_accuracy'])
-    bar.set_postfix_str(f"epoch {row['epoch']}/{self.epochs}, loss {row['loss']:.3f}, valid {accuracy}")
+    bar.set_postfix_str(f"epoch {row['epoch']}/{self.epochs}, loss {row['loss']:.3f}, "
+                        f"valid {percent(row['valid_accuracy'])}")
     self.keep_best()
 
 # %% ../../nbs/07_train/04_fit.ipynb #63a4b669
@@ -177,10 +183,11 @@ def settings(self: Fit) -> dict[str, Any]: # JSON-able
     "What a run must have in common with one that it resumes."
     about = ask(self.model, 'about')
     method = None
-    if about is not None: method = {name: value for name, value in about.items() if name != 'classes'}
+    if about is not None: method = {k: v for k, v in about.items() if k != 'classes'}
     train = self.data.train
-    found = dict(epochs=self.epochs, seed=self.seed, batch_size=train.batch_size, batches=len(train))
-    return found | dict(classes=list(self.data.classes), method=method, **asdict(self.run.config))
+    found = dict(epochs=self.epochs, seed=self.seed)
+    found |= dict(batch_size=train.batch_size, batches=len(train), classes=list(train.classes))
+    return found | dict(method=method) | asdict(self.run.config)
 
 @patch
 def save_run(self: Fit) -> None:
@@ -218,8 +225,8 @@ def check_same_run(
     "Raises `ValueError` for a run of another kind."
     for name, value in settings.items():
         if there.get(name) == value: continue
-        raise ValueError(f"{path} holds a run with {name} {there.get(name)!r}, not {value!r}; "
-                         "give the same settings to go on with it, or remove the file to start anew")
+        raise ValueError(f"{path} holds a run with {name} {there.get(name)!r}, not {value!r}; give "
+                         "the same settings to go on with it, or remove the file to start anew")
 
 @patch
 def resume_run_(self: Fit) -> None:
@@ -236,11 +243,12 @@ def resume_run_(self: Fit) -> None:
 # %% ../../nbs/07_train/04_fit.ipynb #038384bf
 @patch
 def start_(self: Fit) -> None:
-    "Go on from the run in the file, where there is one. Raises `ValueError` unless all processes found it."
+    "Go on from the file, where there is one. Raises `ValueError` unless all processes found it."
     if self.resume is not None and Path(self.resume).exists(): self.resume_run_()
     done = torch.tensor(float(self.run.done), device=self.run.device)
     if global_sum(done) == self.run.done * rank_and_size()[1]: return
-    raise ValueError(f"not every process found the run in {self.resume}; name a file that all of them can see")
+    raise ValueError(f"not every process found the run in {self.resume}; "
+                     "name a file that all of them can see")
 
 # %% ../../nbs/07_train/04_fit.ipynb #9f78df13
 @patch
@@ -260,7 +268,8 @@ def train(self: Fit,
     done = len(self.history.rows)
     self.data.train.seed(self.seed, done)
     shown = show_progress and is_first()
-    with progress(None, 'training', shown, total=self.run.steps, initial=self.run.done, unit='batch') as bar:
+    with progress(None, 'training', shown, total=self.run.steps, initial=self.run.done,
+                  unit='batch') as bar:
         for _ in range(done, self.epochs):
             self.epoch(bar)
             if self.resume is not None and is_first(): self.save_run()
@@ -283,14 +292,14 @@ def _prepared(
 # %% ../../nbs/07_train/04_fit.ipynb #a91d3647
 def fit(
     model: nn.Module, # a plain network, a modular one or a module; trained in place
-    data: Any, # `ImageData`: `train` is learned, `valid` chooses the epoch; or two data loaders (train, valid)
+    data: Any, # `ImageData`, or two data loaders (train, valid): one is learned, one chooses the epoch
     epochs: int = 10, # passes over the training images, at least 1
     config: TrainConfig | None = None, # the recipe; single options can be given by name instead
     seed: int = 0, # of shuffling, augmentation and dropout
-    device: str | torch.device | None = None, # `None`: where the data is; for loaders, CUDA if there is one
+    device: str | torch.device | None = None, # `None`: where the data is; CUDA for loaders, if any
     checkpoint: str | Path | None = None, # keep the best weights in this file
-    resume: str | Path | None = None, # keep the run in this file, and go on from it; removed at the end
-    compile: bool | str = 'auto', # `torch.compile`; 'auto': on CUDA, in one process, for `COMPILE_FROM` steps and more
+    resume: str | Path | None = None, # keep the run in this file, go on from it; removed at the end
+    compile: bool | str = 'auto', # `torch.compile`; 'auto': on CUDA, one process, many steps
     show_progress: bool = True, # a progress bar
     **options: Any, # fields of `TrainConfig`, e.g. `lr=0.1`
 ) -> History: # one row an epoch

@@ -20,7 +20,7 @@ __all__ = ['TrainConfig', 'History']
 # %% ../../nbs/07_train/01_history.ipynb #9e10dd4d
 @dataclass(frozen=True)
 class TrainConfig:
-    "How a network is trained. The defaults are those of MwT (Qi et al. 2024), with a short warm-up added."
+    "How a network is trained. The defaults are those of MwT (Qi et al. 2024), with a warm-up."
     lr: float = 0.05            # peak learning rate, above 0
     momentum: float = 0.9       # Nesterov momentum, 0 to below 1
     weight_decay: float = 0.0   # L2 penalty on all weights, at least 0
@@ -31,7 +31,8 @@ class TrainConfig:
         check_range('lr', self.lr, 0, open_low=True)
         check_range('momentum', self.momentum, 0, 1)
         if self.momentum == 1:
-            raise ValueError(f"momentum must be a number at least 0 and below 1, not {self.momentum!r}")
+            raise ValueError('momentum must be a number at least 0 and below 1, '
+                             f'not {self.momentum!r}')
         check_range('weight_decay', self.weight_decay, 0)
         check_range('warmup', self.warmup, 0, 1)
 
@@ -44,7 +45,8 @@ def make_config(
     known = [f.name for f in fields(TrainConfig)]
     for name in options:
         if name in known: continue
-        raise ValueError(f"fit has no option {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+        raise ValueError(f"fit has no option {name!r}{nearest(name, known)} "
+                         f"(known: {', '.join(known)})")
     return replace(config or TrainConfig(), **options)
 
 # %% ../../nbs/07_train/01_history.ipynb #89c0c877
@@ -63,7 +65,8 @@ def lr_factor(
 @dataclass
 class History:
     "What happened while training."
-    rows: list[dict[str, float]] = field(default_factory=list)  # one an epoch: number, losses, accuracies (fractions)
+    # one row an epoch: its number, losses, accuracies (fractions)
+    rows: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0     # the epoch whose weights were kept, from 1
 
     def series(self,
@@ -124,7 +127,6 @@ def plot_history(
     axes[1].axvline(history.best_epoch, color='grey', linestyle=':', linewidth=1)
     return axes
 
-# %% ../../nbs/07_train/01_history.ipynb #fa1c4aba
 @patch
 def plot(self: History,
     axes: tuple[Axes, Axes] | None = None, # where to draw; `None` makes a figure

@@ -43,6 +43,15 @@ def add_up(
         total[name] = value
 
 # %% ../../nbs/07_train/03_trainer.ipynb #7273074f
+def make_optimizer(
+    model: nn.Module, # any network
+    config: TrainConfig, # the recipe
+) -> torch.optim.Optimizer:
+    "SGD with Nesterov momentum."
+    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, fused=True,
+                           weight_decay=config.weight_decay, nesterov=config.momentum > 0)
+
+# %% ../../nbs/07_train/03_trainer.ipynb #24534784
 class Trainer:
     "A run under way."
     def __init__(self,
@@ -50,20 +59,19 @@ class Trainer:
         config: TrainConfig, # the recipe
         steps: int, # of the whole run
         compile: bool = False, # let `torch.compile` work on the network
-        format: torch.memory_format = torch.contiguous_format, # of the images; the model is in it already
+        format: torch.memory_format = torch.contiguous_format, # of images, as of the model
     ) -> None:
         self.model = model
         self.config = config
         self.steps = steps
-        self.done = 0                               # steps
+        self.done = 0                           # steps
         self.compile = compile
         self.format = format
         self.device = device_of(model)
         self.amp = self.device.type == 'cuda' if config.amp is None else config.amp
-        self.may_shrink = True                      # until the model has been asked for a smaller one
-        self.origins: dict[str, Tensor] = {}        # weight of a smaller `net` -> its elements in the model's, flattened
-        self.optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, fused=True,
-                                         weight_decay=config.weight_decay, nesterov=config.momentum > 0)
+        self.may_shrink = True                  # until the model has been asked for a smaller one
+        self.origins: dict[str, Tensor] = {}    # weight of a smaller `net` -> its place in the model's
+        self.optimizer = make_optimizer(model, config)
         self.train_(model)
 
     @property
@@ -80,7 +88,11 @@ class LossLayer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self,
+        images: Tensor, # (batch, channels, height, width)
+        labels: Tensor, # (batch,), integers from 0
+        progress: float, # fraction of the run that is done, 0 to 1
+    ) -> tuple[Tensor, dict[str, Tensor]]: # the loss, and what to log: detached scalars
         return training_loss(self.model, images, labels, progress)
 
 def distributed(
@@ -91,7 +103,7 @@ def distributed(
     if rank_and_size()[1] == 1: return loss
     device_ids = [device.index] if device.type == 'cuda' else None
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)      # the name of an option changes in PyTorch 2.15
+        warnings.simplefilter('ignore', FutureWarning)      # an option is renamed in PyTorch 2.15
         return DistributedDataParallel(loss, device_ids, broadcast_buffers=False, static_graph=True)
 
 # %% ../../nbs/07_train/03_trainer.ipynb #d001e407
@@ -124,7 +136,8 @@ def step(self: Trainer,
     labels: Tensor, # (batch,), integers from 0
 ) -> dict[str, Tensor]: # the loss and what it is made of: detached scalars
     "Learn a batch, without waiting for the device."
-    if self.may_shrink and ask(self.model, 'ready', self.progress, otherwise=True): self.shrink_(images)
+    ready = ask(self.model, 'ready', self.progress, otherwise=True)
+    if ready and self.may_shrink: self.shrink_(images)
     factor = lr_factor(self.done, self.steps, self.config.warmup)
     for group in self.optimizer.param_groups: group['lr'] = self.config.lr * factor
     loss, logged = self.compute_loss(images, labels)
@@ -183,7 +196,7 @@ def shrink_(self: Trainer,
     small, origins = found
     x = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
     with evaluating(self.model): expected = self.model(x)
-    if not expected.isfinite().all(): return            # a lost run; `fit` says so at the end of the epoch
+    if not expected.isfinite().all(): return        # a lost run; `fit` will say so
     format = memory_format(small, x)
     with evaluating(small.to(memory_format=format)): answers = small(x)
     if not (answers - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1):
@@ -195,14 +208,15 @@ def shrink_(self: Trainer,
     self.move_momentum_(small, self.origins)
     self.train_(small.train(self.model.training))
 
-# %% ../../nbs/07_train/03_trainer.ipynb #b00f31ba
+# %% ../../nbs/07_train/03_trainer.ipynb #30e35ef1
 @patch
 @torch.no_grad()
 def write_back(self: Trainer) -> None:
     "Bring the model up to date."
     small = self.net.state_dict()
     model = self.model.state_dict()
-    for name, at in self.origins.items(): model[name].copy_(_spread(small[name], at, over=model[name]))
+    for name, at in self.origins.items():
+        model[name].copy_(_spread(small[name], at, over=model[name]))
 
 # %% ../../nbs/07_train/03_trainer.ipynb #3c5b97a4
 def train_epoch(
@@ -223,15 +237,16 @@ def train_epoch(
 
 # %% ../../nbs/07_train/03_trainer.ipynb #29d2a979
 @patch
-def momentum(self: Trainer) -> dict[str, Tensor]: # weight -> its momentum, in the shape that the model has
+def momentum(self: Trainer) -> dict[str, Tensor]: # weight -> its momentum, in the model's shape
     "The momentum of the weights; zero for closed kernels."
     found = {}
     for name, p in self.net.named_parameters():
         own = self.optimizer.state[p].get('momentum_buffer')
         if own is None: continue
-        weight = self.model.get_parameter(name)
-        if name in self.origins: own = _spread(own, self.origins[name], over=torch.zeros_like(weight))
         found[name] = own
+        if name not in self.origins: continue
+        closed = torch.zeros_like(self.model.get_parameter(name))
+        found[name] = _spread(own, self.origins[name], over=closed)
     return found
 
 @patch
@@ -254,7 +269,8 @@ def those_of(
     tensors: Mapping[str, Tensor], # of a file
 ) -> dict[str, Tensor]: # under their own names
     "The tensors with this prefix."
-    return {name.removeprefix(f'{prefix}.'): t for name, t in tensors.items() if name.startswith(f'{prefix}.')}
+    start = f'{prefix}.'
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 # %% ../../nbs/07_train/03_trainer.ipynb #d645342d
 @patch
@@ -276,5 +292,6 @@ def load_state(self: Trainer,
         self.optimizer.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(momentum)
     random = those_of('random', state)
     torch.set_rng_state(random['cpu'])
-    if self.device.type == 'cuda' and 'cuda' in random: torch.cuda.set_rng_state(random['cuda'], self.device)
+    if self.device.type == 'cuda' and 'cuda' in random:
+        torch.cuda.set_rng_state(random['cuda'], self.device)
     self.done = done
