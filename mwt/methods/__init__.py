@@ -1,2 +1,2 @@
 "The methods that come with the library; importing one registers it."
-from . import composable, mwt
+from . import composable, moda, mwt
