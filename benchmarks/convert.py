@@ -11,7 +11,6 @@ accepts) and `extract` of two classes (which counts the FLOPs of the full networ
 """
 from __future__ import annotations
 from typing import Any
-import torch
 import torchvision
 from torch import nn
 from bench import arguments, keep, parse

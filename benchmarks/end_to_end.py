@@ -67,7 +67,7 @@ def main() -> None:
     accuracies = timed(times, 'pairs', a.device, two)
     whole = extract(model, parts, data.classes)
     size = count_params(plain(model))
-    row = dict(network=a.network, width=width, method=a.method, epochs=epochs, batch=batch, seed=a.seed, lr=lr, accuracy=full, krr=parts.modules.double().mean().item(),
+    row = dict(network=a.network, width=width, method=a.method, epochs=epochs, batch=batch, seed=a.seed, lr=lr, accuracy=full, krr=parts.kept.double().mean().item(),
                accuracy_2=sum(accuracies) / len(pairs), accuracy_10=evaluate(whole, data.test), params_1=sum(map(count_params, modules)) / len(modules) / size,
                params_10=count_params(whole) / size, **{f'seconds_{k}': v for k, v in times.items()},
                seconds=sum(v for k, v in times.items() if k != 'pairs'))

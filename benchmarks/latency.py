@@ -43,13 +43,14 @@ VARIANTS: dict[str, dict[str, Any]] = {'as cut': {}, 'folded': dict(fuse=True), 
 @torch.no_grad()
 def random_parts(model: ModularModel, krr: float = .15, seed: int = 0) -> Parts:
     "Open each unit for each class with probability `krr`, at least one of each group, and take the model apart."
-    generator, groups = torch.Generator().manual_seed(seed), model.gates.groups.cpu()
-    draws = torch.rand(model.gates.gates.shape, generator=generator)
+    gates = model.masks.gates
+    generator, groups = torch.Generator().manual_seed(seed), gates.groups.cpu()
+    draws = torch.rand(gates.gates.shape, generator=generator)
     opened = draws < krr
     for group in groups.unique():
         at = (groups == group).nonzero()[:, 0]
         opened[torch.arange(len(draws)), at[draws[:, at].argmin(1)]] = True
-    model.gates.gates.copy_(opened)
+    gates.gates.copy_(opened)
     channels = model.input_shape[0]
     batches = Batches(torch.zeros(len(draws), *model.input_shape, dtype=torch.uint8), torch.arange(len(draws)), CLASSES,
                       mean=torch.full((channels,), .5), std=torch.full((channels,), .25))

@@ -2,12 +2,11 @@
 from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import Row, each, mean, select, spread, values
+from results import Row, each, mean, select, spread, values  # noqa: F401 (the pages import them from here)
 from mwt.measure import count_params
 from mwt.modules.parts import Parts, plot_masks
 

@@ -6,8 +6,8 @@
     python benchmarks/quality.py run --data FOLDER --preset ablation
     python benchmarks/quality.py table                              # all results as Markdown, mean and spread over seeds
 
-Every run adds one line to results/quality.jsonl; runs that are there already are skipped, so a stopped benchmark is taken
-up again by the same command, and several may work side by side (--seeds 0, --seeds 1, ...).
+Every run adds one line to results/quality.jsonl; runs that are there already are skipped, so a stopped benchmark is resumed
+by the same command, and several may work side by side (--seeds 0, --seeds 1, ...).
 """
 from __future__ import annotations
 import argparse, itertools, json, random, statistics, sys, time
@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))        # runs from a plain checkout
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from mwt.core.nets import evaluating
 from mwt.methods.modular import ModularModel, modularize
@@ -27,7 +28,8 @@ from mwt.data.sources import image_data
 from mwt.modules.parts import Parts
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
-from mwt.methods.composable import Composable, draw_targets
+from mwt.methods.base import METHODS, Method, make_method
+from mwt.methods.composable import Composable, draw_targets, random_sets
 from mwt.measure import count_flops, count_params, evaluate
 from mwt.modules.modularity import jaccard_coupling
 from mwt.networks import create_model
@@ -49,62 +51,67 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Uniform(Composable):
+class Uniform(Composable, name='uniform'):
     "For the ablation: sizes of target sets are equally likely."
-    def targets(self, labels: torch.Tensor, n_classes: int, progress: float) -> torch.Tensor:
+    def targets(self, labels: Tensor, n_classes: int, progress: float) -> Tensor:
         size = torch.randint(2, n_classes + 1, labels.shape, device=labels.device)
-        if not (self.twice and self.ready(progress)): size = size.where(torch.rand_like(size, dtype=torch.float) >= 1 - (1 - self.full) * progress, n_classes)
-        lot = torch.rand(len(labels), n_classes, device=labels.device).scatter(1, labels[:, None], -1.)
-        return lot.argsort(1).argsort(1) < size[:, None]
+        if not (self.two_roles and self.ready(progress)):
+            full = 1 - (1 - self.full_fraction) * progress
+            size = size.masked_fill(torch.rand_like(size, dtype=torch.float) < full, n_classes)
+        return random_sets(labels, size, n_classes)
 
 
 @dataclass(frozen=True)
-class Distilled(Composable):
-    "For the ablation: samples of small target sets also learn from the full model's answers, half and half; a second pass in each step."
-    def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        with torch.no_grad(), evaluating(model): teacher = model(images).float()
+class Distilled(Composable, name='distilled'):
+    "For the ablation: samples of small target sets also learn from the full model's answers; a second pass."
+    def training_loss(self, model: ModularModel, images: Tensor, labels: Tensor,
+                      progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        with evaluating(model): teacher = model(images).float()
         targets = self.targets(labels, model.n_classes, progress)
-        model.gates.learning = not self.ready(progress)
+        model.masks.gates.learning = not self.ready(progress)
         logits = model(images, targets).float().masked_fill(~targets, -1e4)
-        soft = F.cross_entropy(logits, teacher.masked_fill(~targets, -1e4).softmax(1), reduction='none')
+        answers = teacher.masked_fill(~targets, -1e4).softmax(1)
+        soft = F.cross_entropy(logits, answers, reduction='none')
         hard = F.cross_entropy(logits, labels, reduction='none')
         loss = torch.where(targets.all(1), hard, (hard + soft) / 2).mean()
         return loss, dict(cross_entropy=hard.mean().detach())
 
 
 @dataclass(frozen=True)
-class Both(Composable):
-    "For the ablation: every image trains all classes and a random target set; twice the work."
-    def loss(self, model: ModularModel, images: torch.Tensor, labels: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+class Both(Composable, name='both'):
+    "For the ablation: every image trains all classes and a random target set, from the start; twice the work."
+    def training_loss(self, model: ModularModel, images: Tensor, labels: Tensor,
+                      progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         small = draw_targets(labels, model.n_classes, 0)
-        targets, twice = torch.cat([torch.ones_like(small), small]), torch.cat([images, images])
-        model.gates.learning = not self.ready(progress)
-        loss = F.cross_entropy(model(twice, targets).float().masked_fill(~targets, -1e4), torch.cat([labels, labels]))
+        targets, images = torch.cat([torch.ones_like(small), small]), torch.cat([images, images])
+        model.masks.gates.learning = not self.ready(progress)
+        logits = model(images, targets).float().masked_fill(~targets, -1e4)
+        loss = F.cross_entropy(logits, torch.cat([labels, labels]))
         return 2 * loss, dict(cross_entropy=loss.detach())
 
-    def after_backward(self, model: ModularModel, labels: torch.Tensor, progress: float, step: int = 0) -> None:
+    def after_backward(self, model: ModularModel, labels: Tensor, progress: float, step: int = 0) -> None:
         super().after_backward(model, torch.cat([labels, labels]), progress, step)
 
 
-VARIANTS = dict(METHODS, uniform=Uniform, distilled=Distilled, both=Both)
-
-
-def settings_of(method: str) -> tuple[Any, dict[str, Any]]:
-    "A method, or `None` for a plain network, and changes to the recipe: from `plain`, `mwt`, `composable,full=0.5`, `plain,weight_decay=0`."
+def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` for a plain network
+    "A method and the recipe, from words like `plain`, `mwt`, `composable,full_fraction=0.5`, `plain,weight_decay=0`."
     name, *changes = method.split(',')
-    if name != 'plain' and name not in VARIANTS: raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(VARIANTS)}")
-    given = {k: bool(float(v)) if k == 'twice' else float(v) for k, v in (c.split('=') for c in changes)}
-    recipe = {k: given.pop(k) for k in [f.name for f in fields(TrainConfig)] if k in given}
-    return (VARIANTS[name](**given) if name != 'plain' else None), RECIPE | recipe
+    if name != 'plain' and name not in METHODS:
+        raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(METHODS)}")
+    given: dict[str, Any] = {k: float(v) for k, v in (c.split('=') for c in changes)}
+    for switch in ('twice', 'two_roles'):               # its old name and its new one
+        if switch in given: given[switch] = bool(given[switch])
+    recipe = {f.name: given.pop(f.name) for f in fields(TrainConfig) if f.name in given}
+    return (None if name == 'plain' else make_method(name, **given)), RECIPE | recipe
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module, data: ImageData) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, data: ImageData) -> Tensor:
     "The model's answers for all test images."
     with evaluating(model): return torch.cat([model(images) for images, _ in data.test.plain()])
 
 
-def judge_sets(model: ModularModel, parts: Parts, data: ImageData, sets: list[list[int]], logits: torch.Tensor) -> dict[str, float]:
+def judge_sets(model: ModularModel, parts: Parts, data: ImageData, sets: list[list[int]], logits: Tensor) -> dict[str, float]:
     "Means over several sets of classes: the module as it is cut, and beside it the full model choosing among the same classes."
     found = []
     for rows in sets:
@@ -123,14 +130,14 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
     (masks, recipe), start = settings_of(method), time.perf_counter()
     model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
     if masks: model = modularize(model, data.n_classes, masks, example_input=torch.zeros(1, *data.shape), seed=seed)
-    history = fit(model, data, a.epochs, seed=seed, device=data.device, show=a.show, **recipe)
+    history = fit(model, data, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress, **recipe)
     result = dict(train_seconds=time.perf_counter() - start, params=count_params(model.net if masks else model),
                   valid=history.series('valid_accuracy')[history.best_epoch - 1], full=evaluate(model, data.test))
     if masks:
         parts, n, logits = decompose(model, data.train, show_progress=False), data.n_classes, logits_of(model, data)
         pairs = list(map(list, itertools.combinations(range(n), 2)))
         fives = [sorted(random.Random(i).sample(range(n), 5)) for i in range(a.fives)]
-        result |= dict(krr=parts.modules.double().mean().item(), coupling=jaccard_coupling(parts.kept).mean().item(), cohesion=parts.cohesion.mean().item())
+        result |= dict(krr=parts.kept.double().mean().item(), coupling=jaccard_coupling(parts.kept).mean().item(), cohesion=parts.cohesion.mean().item())
         for size, sets in ((1, [[i] for i in range(n)]), (2, pairs), (5, fives), (n, [list(range(n))])):
             result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
     return result | dict(seconds=time.perf_counter() - start)
@@ -185,12 +192,12 @@ def main() -> None:
     r.add_argument('--root', default='data', help='decoded images are kept here')
     r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
-    r.add_argument('--methods', nargs='+', help='plain, composable, mwt, or with settings, of the method or of the recipe: composable,full=0.5')
+    r.add_argument('--methods', nargs='+', help='plain, composable, mwt, or with settings, of the method or of the recipe: composable,full_fraction=0.5')
     r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('epochs', 'batch', 'fives'): r.add_argument(f'--{name}', type=int)
     r.add_argument('--device', default=None)
     r.add_argument('--threads', type=int, default=0)
-    r.add_argument('--show', action='store_true', help='progress bars')
+    r.add_argument('--show-progress', action='store_true', help='progress bars')
     t = sub.add_parser('table')
     for q in (r, t): q.add_argument('--results', type=Path, default=RESULTS, help='where results are kept')
     a = p.parse_args()

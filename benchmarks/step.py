@@ -11,8 +11,8 @@ images that are on the device already. Candidates, timed in turns:
 - mwt: masks from generators, cohesion and coupling
 - composable, learning: gates close (the first half of a run), scores are taken in and gates set anew, here in every step, in training in
   every eighth
-- composable, settled: gates stand still (the second half); closed kernels are gone, and each image trains two roles
-- composable, settled, once: the same with `twice=False`, one role an image
+- composable, settled: gates are frozen (the second half); closed kernels are gone, and each image trains two roles
+- composable, settled, once: the same with `two_roles=False`, one role an image
 
 `composable, run` is the mean over a run: half its steps learn, half are settled. Gates of the settled candidates are random, with so
 much in common between classes that all ten open about the share of the kernels that they open after training (`open`; 52 to 58 % on CIFAR-10).
@@ -36,13 +36,13 @@ from mwt.train.trainer import Trainer
 N_CLASSES, STEPS = 10, 10**9            # of a run that is caught in the middle
 CANDIDATES: dict[str, tuple[str | None, float, dict[str, Any]]] = {        # method, progress of the run, settings
     'plain': (None, .3, {}), 'mwt': ('mwt', .3, {}), 'composable, learning': ('composable', .3, {}),
-    'composable, settled': ('composable', .7, {}), 'composable, settled, once': ('composable', .7, dict(twice=False))}
+    'composable, settled': ('composable', .7, {}), 'composable, settled, once': ('composable', .7, dict(two_roles=False))}
 
 
 @torch.no_grad()
 def close_gates(model: ModularModel) -> float: # share of the kernels that some class opens
     "Random gates with the target's share open."
-    gates = model.gates
+    gates = model.masks.gates
     scores = torch.exp(1.2 * torch.randn(gates.n_units) + 1.2 * torch.randn(N_CLASSES, gates.n_units)).to(gates.scores)
     gates.gates.copy_(open_gates(scores, gates.kernels, gates.groups, model.method.target_krr))
     return ((gates.gates.amax(0) * gates.kernels).sum() / gates.kernels.sum()).item()

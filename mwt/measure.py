@@ -36,7 +36,7 @@ def n_outputs(
 
 def found_batches(
     model: nn.Module, # any network
-    batches: Batches | LoaderBatches | Iterable, # a split, a `DataLoader`, or an iterable of batches
+    batches: Batches | LoaderBatches | Iterable, # a split, a `DataLoader`, any batches
 ) -> Batches | LoaderBatches: # a loader's on the network's device
     "What a network is judged on. Raises `TypeError` or `ValueError` for what cannot be used."
     if isinstance(batches, Batches): return batches
@@ -171,7 +171,7 @@ def time_in_turns(
 class Profile:
     "What a network costs."
     params: int         # numbers to store, without buffers
-    flops: int          # floating point operations an image; a multiplication and an addition are two
+    flops: int          # operations an image; a multiplication and an addition are two
     latency: float      # seconds a batch, median
     batch_size: int     # images in that batch
 

@@ -8,7 +8,7 @@ from torchvision import models
 from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, resnet, vgg
 
 N = 10                  # classes
-SIDES = {'alexnet': 64, 'googlenet': 64, 'inception_v3': 96}        # pixels; 32 for all others
+SIDES = {'alexnet': 64, 'inception_v3': 75}         # pixels; 32 for all others
 FAMILIES = [
     'alexnet', 'vgg11', 'vgg11_bn', 'resnet18', 'resnext50_32x4d', 'wide_resnet50_2', 'squeezenet1_1',
     'densenet121', 'googlenet', 'inception_v3', 'shufflenet_v2_x0_5', 'mobilenet_v2', 'mobilenet_v3_small',

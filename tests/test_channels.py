@@ -35,7 +35,7 @@ def count(net: nn.Module) -> int:
 def check_exact(
     model: ModularModel, classes: list[int], x: Tensor, path: Path | None = None,
 ) -> tuple[nn.Module, Tensor]: # the module, and its answer for `x`
-    "Slim equals masked, is smaller, and survives the file system. In float64, so that rounding hides nothing."
+    "Slim equals masked, is smaller, and survives the file system. In float64: rounding hides nothing."
     model, x = model.double(), x.double()
     parts = random_parts(model, 1 / (1 + len(classes)), seed=len(classes))
     masks = union_masks(parts, classes)
@@ -182,9 +182,9 @@ class Block(nn.Module):
 
 
 KINDS = [
-    'pre-norm', 'concat', 'grouped', 'depthwise', 'squeeze', 'sigmoid', 'twice', 'chunk', 'slices', 'scale', 'shift',
-    'group norm', 'layer norm', 'pointwise', 'attention', 'divide', 'shuffle', 'norm sum', 'conv head', 'flatten',
-    'plain']
+    'pre-norm', 'concat', 'grouped', 'depthwise', 'squeeze', 'sigmoid', 'twice', 'chunk', 'slices', 'scale',
+    'shift', 'group norm', 'layer norm', 'pointwise', 'attention', 'divide', 'shuffle', 'norm sum',
+    'conv head', 'flatten', 'plain']
 
 
 @every_method
@@ -229,11 +229,12 @@ class Spelled(nn.Module):
 
 
 TWINS = {
-    'torch.relu_': torch.relu_, 'F.relu_': F.relu_, 'x.relu_': lambda x: x.relu_(), 'nn.ReLU': nn.ReLU(inplace=True),
+    'torch.relu_': torch.relu_, 'F.relu_': F.relu_, 'x.relu_': lambda x: x.relu_(), 'nn.ReLU': nn.ReLU(True),
     'torch.dropout': lambda x: torch.dropout(x, .5, False), 'F.dropout': lambda x: F.dropout(x, .5, False),
     'torch.max_pool2d': lambda x: torch.max_pool2d(x, 2), 'F.max_pool2d': lambda x: F.max_pool2d(x, 2),
     'torch.clamp_': lambda x: torch.clamp_(x, 0, 1), 'x.clamp_': lambda x: x.clamp_(min=0),
-    'x ** 2': lambda x: x ** 2, 'x.mul_': lambda x: x.mul_(2), 'torch.swapdims': lambda x: torch.swapdims(x, 2, 3),
+    'x ** 2': lambda x: x ** 2, 'x.mul_': lambda x: x.mul_(2),
+    'torch.swapdims': lambda x: torch.swapdims(x, 2, 3),
     'F.leaky_relu_': F.leaky_relu_, 'F.hardtanh_': F.hardtanh_, 'nn.Softshrink': nn.Softshrink(),
     'by name': lambda x: torch.relu(input=x),
     'torch.concatenate': lambda x: torch.concatenate([x, -x], 2), 'F.pad': lambda x: F.pad(x, (1, 1))}
@@ -260,8 +261,9 @@ def statement(x: Tensor) -> Tensor:
 
 
 LOSERS = {
-    'statement': (statement, 'sigmoid_'), 'sigmoid_': (torch.sigmoid_, 'sigmoid_'), 'softplus': (F.softplus, 'softplus'),
-    'layer': (nn.Softplus(), 'operation'), 'pad': (lambda x: F.pad(x, (1, 1), value=1.), 'pad'),
+    'statement': (statement, 'sigmoid_'), 'sigmoid_': (torch.sigmoid_, 'sigmoid_'),
+    'softplus': (F.softplus, 'softplus'), 'layer': (nn.Softplus(), 'operation'),
+    'pad': (lambda x: F.pad(x, (1, 1), value=1.), 'pad'),
     'sum': (lambda x: x + 1, 'add'), 'quotient': (lambda x: 1 / (x.exp() + 1), 'exp')}
 
 
@@ -289,7 +291,7 @@ class Odd(Spelled):
         if self.kind == 'shape': x = x * self.table.shape[0] + self.scale.ndim * x
         if self.kind == 'order': x = x[:, self.order]
         if self.kind == 'rows': x = x[:, :, self.rows]
-        if self.kind == 'computed': x = x[:, self.order.flip(0)]
+        if self.kind == 'computed': x = x[:, x.mean((0, 2, 3)).argsort()]
         if self.kind == 'table': x = x * self.table[self.order[:1] // 2].view(1, 8, 1, 1)
         if self.kind == 'constant': x = x * torch.arange(1., 9.).view(8, 1, 1)
         return self.head(self.b(x).mean((2, 3)))

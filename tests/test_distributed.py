@@ -1,163 +1,304 @@
-"Several processes compute what one process with the whole batch computes; a lost one ends the run, which can be taken up."
+"Several processes compute what one would; a lost one ends the run, which can be resumed."
 from __future__ import annotations
 import json, os, re, signal, subprocess, sys, time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 import pytest
 import torch
-from torch import Tensor
-from mwt.methods.modular import modularize
-from mwt.core.files import load_tensors
+from torch import Tensor, nn
 from mwt.core.checks import seeded
+from mwt.core.files import load_tensors
 from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
-from mwt.runs.cli import main
+from mwt.measure import confusion
+from mwt.methods.base import METHODS
+from mwt.methods.losses import cohesion_loss, coupling_loss, mask_losses
+from mwt.methods.modular import modularize
 from mwt.modules.decompose import decompose
 from mwt.modules.parts import load_parts
-from mwt.measure import confusion
 from mwt.networks import create_model
+from mwt.train.fit import fit
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer
-from mwt.train.fit import fit
-from mwt.methods.losses import cohesion_loss, coupling_loss, mask_losses
 
-ALONE = dict(os.environ, OMP_NUM_THREADS='1')
-NETWORKS = {'plain': ('resnet18', None), 'composable': ('resnet18', 'composable'), 'mwt': ('simcnn', 'mwt')}
+# All work is done in processes of its own, also that of the single one: threads and memory are the same
+# for all, and the process of the test only compares what they wrote.
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1')
+PATIENCE = 900              # seconds for a process; a busy machine is slow, a hanging process is found anyway
+pytestmark = pytest.mark.timeout(3 * PATIENCE)
+
+PLAIN = 'plain'
+KINDS = {PLAIN: 'resnet18'} | {method: 'resnet18' for method in METHODS} | {'mwt': 'simcnn'}
+Evidence = dict[str, dict[str, Tensor]]     # claim -> name -> what was computed
 
 
-def one_step(kind: str, share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
-    "Losses, gradients, statistics and kernels after a step on one batch, then after a short run."
-    name, method = NETWORKS[kind]
-    data = image_data('digits', batch_size=32, device='cpu').shard(*share)
-    def model() -> torch.nn.Module:
-        net = create_model(name, width=.1, in_channels=1, seed=0)
-        return modularize(net, 10, method) if method else net
+# What each process computes
+
+def network(kind: str) -> nn.Module:
+    net = create_model(KINDS[kind], width=.1, in_channels=1, seed=0)
+    return net if kind == PLAIN else modularize(net, 10, kind)
+
+
+def one_step(kind: str, data: ImageData) -> Evidence:
+    "A step on one batch: what was logged, learned and changed."
     with seeded(0):
-        run = Trainer(model().train(), TrainConfig(), 40)
-        parts = run.step(*next(iter(data.train.seed(3))))
-    found = {f'loss {k}': v.double() for k, v in parts.items()}
-    found |= {f'gradient {n}': p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None} | {f'state {n}': v.clone() for n, v in run.model.state_dict().items()}
-    trained = model()
-    found |= {'confusion': confusion(run.model, data.test)}
-    kinds = decompose(run.model, data.train, samples=20, show_progress=False) if method else None
-    with seeded(0):                                         # in double precision, where rounding has no time to grow
-        run = Trainer(model().double().train(), TrainConfig(), 10)
+        run = Trainer(network(kind).train(), TrainConfig(), 40)
+        logged = run.step(*next(iter(data.train.seed(3))))
+    found = dict(log={k: v.double() for k, v in logged.items()})
+    found['gradients'] = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
+    found['weights'] = run.model.state_dict()
+    found['confusion'] = dict(counts=confusion(run.model, data.test))
+    if kind == PLAIN: return found
+    parts = decompose(run.model, data.train, samples=20, show_progress=False)
+    found['parts'] = dict(kept=parts.kept.double(), frequency=parts.frequency, cohesion=parts.cohesion)
+    return found
+
+
+def several_steps(kind: str, data: ImageData) -> Evidence:
+    "In double precision, where rounding has no time to grow; kernels close on the way."
+    with seeded(0):
+        run = Trainer(network(kind).double().train(), TrainConfig(), 10)
         for images, labels in islice(data.train.seed(3), 8): run.step(images.double(), labels)
     run.write_back()
-    found |= {f'later {n}': v.clone() for n, v in run.model.state_dict().items()}
-    history = fit(trained, data, 2, show_progress=False)
-    found |= {f'trained {n}': v for n, v in trained.state_dict().items()} | {'accuracies': torch.tensor([r['valid_accuracy'] for r in history.rows])}
-    if method is None: return found
-    return found | {'modules': kinds.modules.double(), 'frequency': kinds.frequency, 'cohesion': kinds.cohesion}
+    return dict(double=run.model.state_dict())
 
 
-def losses(share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
-    "The losses over pairs, and their gradients, for masks that are spread over the processes; here with 24 samples of 5 classes."
+def whole_run(kind: str, data: ImageData) -> Evidence:
+    model = network(kind)
+    history = fit(model, data, 2, show_progress=False)
+    accuracies = dict(accuracies=torch.tensor(history.series('valid_accuracy')))
+    return dict(run=model.state_dict() | accuracies)
+
+
+def pair_losses(rank: int, world: int) -> Evidence:
+    "The losses over pairs, and their gradients, for 24 masks of 5 classes, spread over the processes."
     generator = torch.Generator().manual_seed(0)
-    masks, labels = torch.rand(24, 12, generator=generator), torch.randint(5, (24,), generator=generator)
-    mine = masks.chunk(share[1])[share[0]].clone().requires_grad_()
-    own = labels.chunk(share[1])[share[0]]
-    known, unknown = mask_losses([mine[:, :5], mine[:, 5:]], own, 5), (cohesion_loss([mine[:, :5], mine[:, 5:]], own), coupling_loss([mine[:, :5], mine[:, 5:]], own))
+    masks = torch.rand(24, 12, generator=generator)
+    labels = torch.randint(5, (24,), generator=generator).chunk(world)[rank]
+    mine = masks.chunk(world)[rank].clone().requires_grad_()
+    layers = [mine[:, :5], mine[:, 5:]]
+    known = mask_losses(layers, labels, 5)
+    unknown = cohesion_loss(layers, labels), coupling_loss(layers, labels)
     (known[0] + 2 * known[1] + unknown[0] * unknown[1]).backward()
-    return dict(zip(('cohesion', 'coupling', 'cohesion again', 'coupling again'), (x.detach() for x in (*known, *unknown)))) | dict(gradient=mine.grad / share[1])
+    names = 'cohesion', 'coupling', 'cohesion again', 'coupling again'
+    values = dict(zip(names, (x.detach() for x in (*known, *unknown))))
+    return dict(losses=values, gradient=dict(gradient=mine.grad / world))
 
 
 def work(what: str, path: str) -> None:
-    "In one of the processes."
+    "In one of the processes, or in the only one."
     import torch.distributed as dist
-    dist.init_process_group('gloo')
-    share = dist.get_rank(), dist.get_world_size()
-    found = losses(share) if what == 'losses' else one_step(what, share)
-    torch.save(found, f'{path}.{share[0]}')
+    if dist.is_torchelastic_launched(): dist.init_process_group('gloo')
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if what == 'losses': found = pair_losses(rank, world)
+    else:
+        data = image_data('digits', batch_size=32, device='cpu').shard(rank, world)
+        found = one_step(what, data) | several_steps(what, data) | whole_run(what, data)
+    torch.save(found, f'{path}.{rank}of{world}')
+    if not dist.is_initialized(): return
     dist.barrier()
     dist.destroy_process_group()
 
 
-def torchrun(*words: str, **options: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *words], text=True, env=ALONE,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+# Their processes
+
+def start(*cmd: object) -> subprocess.Popen:
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, *map(str, cmd)], text=True, env=ENVIRONMENT, **streams)
 
 
-def shared(what: str, folder: Path) -> list[dict[str, Tensor]]:
-    process = torchrun(__file__, what, str(folder/what))
-    said, _ = process.communicate(timeout=300)
+def torchrun(*cmd: object) -> subprocess.Popen:
+    return start('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *cmd)
+
+
+def finish(process: subprocess.Popen) -> str:
+    "What a process said when it was done; it is ended where it takes too long."
+    try: said, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.terminate()             # torchrun ends those that it started
+        said, _ = process.communicate()
+        raise AssertionError(f'not done after {PATIENCE} s:\n{said}') from None
+    return said
+
+
+def finish_well(process: subprocess.Popen) -> str:
+    "What a process said that was to succeed."
+    said = finish(process)
     assert process.returncode == 0, said
-    return [torch.load(folder/f'{what}.{rank}') for rank in range(2)]
+    return said
 
 
-def test_losses_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    alone, (first, second) = losses(), shared('losses', tmp_path)
-    for name in list(alone)[:-1]: assert torch.equal(first[name], second[name]) and torch.allclose(first[name], alone[name], atol=1e-6)
-    assert torch.allclose(torch.cat([first['gradient'], second['gradient']]), alone['gradient'], atol=1e-6)
+FOUND: dict[str, tuple[Evidence, Evidence, Evidence]] = {}      # computed once for all tests of this file
+
+@pytest.fixture
+def found(tmp_path: Path) -> Callable[[str], tuple[Evidence, Evidence, Evidence]]:
+    "What one process, the first of two and the second of two computed."
+    def found(what: str) -> tuple[Evidence, Evidence, Evidence]:
+        if what in FOUND: return FOUND[what]
+        finish_well(start(__file__, what, tmp_path/what))
+        finish_well(torchrun(__file__, what, tmp_path/what))
+        alone, first, second = (torch.load(tmp_path/f'{what}.{who}') for who in ('0of1', '0of2', '1of2'))
+        FOUND[what] = alone, first, second
+        return FOUND[what]
+    return found
+
+Found = Callable[[str], tuple[Evidence, Evidence, Evidence]]
 
 
-@pytest.mark.parametrize('kind', NETWORKS)
-def test_two_processes_are_as_one(kind: str, tmp_path: Path) -> None:
-    alone, (first, second) = one_step(kind), shared(kind, tmp_path)
+# Two are as one
+
+def test_losses_over_pairs_are_those_of_the_whole_batch(found: Found) -> None:
+    alone, first, second = (evidence['losses'] for evidence in found('losses'))
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], value, atol=1e-6), name
+
+
+def test_gradients_of_losses_are_those_of_the_whole_batch(found: Found) -> None:
+    alone, first, second = (evidence['gradient']['gradient'] for evidence in found('losses'))
+    assert torch.allclose(torch.cat([first, second]), alone, atol=1e-6)
+
+
+every_kind = pytest.mark.parametrize('kind', KINDS)
+
+@every_kind
+def test_log_of_a_step_is_of_its_own_process(kind: str, found: Found) -> None:
+    "Their mean is that of the batch."
+    alone, first, second = (evidence['log'] for evidence in found(kind))
     assert alone.keys() == first.keys() == second.keys()
     for name, value in alone.items():
-        if name.startswith('loss '):                        # a step's log is of its own process; their mean is that of the batch
-            assert torch.allclose((first[name] + second[name]) / 2, value, atol=1e-5), name
-            continue
-        assert torch.equal(first[name], second[name]), f'{name}: the processes differ'
-        if name.startswith(('trained', 'accuracies')): continue           # after a whole run rounding has grown
-        assert torch.allclose(first[name].double(), value.double(), atol=1e-8 if name.startswith('later') else 1e-5, rtol=1e-5), name
+        mean = (first[name] + second[name]) / 2
+        assert torch.allclose(mean, value, atol=1e-5), name
+
+
+# Claim -> how far two processes may be from one; `None`: after a whole run rounding has grown.
+CLAIMS = dict(gradients=1e-5, weights=1e-5, confusion=0., parts=1e-5, double=1e-8, run=None)
+
+def skip_parts_of_plain(kind: str, claim: str) -> None:
+    if kind == PLAIN and claim == 'parts': pytest.skip('a plain network has no parts')
+
+
+@pytest.mark.parametrize('claim', CLAIMS)
+@every_kind
+def test_processes_agree_to_the_last_bit(kind: str, claim: str, found: Found) -> None:
+    skip_parts_of_plain(kind, claim)
+    _, first, second = (evidence[claim] for evidence in found(kind))
+    assert first and first.keys() == second.keys()
+    for name, value in first.items(): assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize('claim', [claim for claim, tolerance in CLAIMS.items() if tolerance is not None])
+@every_kind
+def test_two_processes_are_as_one(kind: str, claim: str, found: Found) -> None:
+    skip_parts_of_plain(kind, claim)
+    alone, first, _ = (evidence[claim] for evidence in found(kind))
+    assert alone and alone.keys() == first.keys()
+    for name, value in alone.items():
+        close = torch.allclose(first[name].double(), value.double(), atol=CLAIMS[claim], rtol=1e-5)
+        assert close, name
 
 
 # The command line
 
-WORDS = ['train', '--data', 'digits', '--model', 'simcnn', '--width', '.1', '--batch-size', '64', '--device', 'cpu']
+WORDS = ['train', '--data', 'digits', '--model', 'simcnn', '--width', '.1', '--batch-size', '64',
+         '--device', 'cpu']
+ONE_EPOCH = [*WORDS, '--method', 'mwt', '--lr', '1e-4', '--epochs', '1', '--out']
 
-def mwt(*words: object, **options: object) -> subprocess.Popen: return torchrun('-m', 'mwt', *map(str, words), **options)
+def mwt(*words: object) -> subprocess.Popen: return torchrun('-m', 'mwt', *words)
+
+def alone(*words: object) -> subprocess.Popen: return start('-m', 'mwt', *words)
 
 
-def test_one_command_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    two, one = tmp_path/'two', tmp_path/'one'
-    words = [*WORDS, '--method', 'mwt', '--lr', '1e-4', '--epochs', '1', '--out']
-    said, _ = (process := mwt(*words, two)).communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert said.count('best epoch 1, kept in') == said.count('kernels are masked') == 1, 'only the first process speaks'
-    assert main([*words, str(one)]) == 0
-    first, second = (json.loads((out/'history.json').read_text())['rows'][0] for out in (one, two))
-    for name in ('loss', 'cohesion_loss', 'coupling_loss'): assert second[name] == pytest.approx(first[name], rel=1e-3), name
-    said, _ = (process := mwt('decompose', '--out', two, '--device', 'cpu')).communicate(timeout=300)
-    assert process.returncode == 0 and said.count('kept in') == 1, said
-    shared = load_parts(two/'parts.safetensors')
-    assert main(['decompose', '--out', str(two), '--device', 'cpu']) == 0
-    alone = load_parts(two/'parts.safetensors')
-    assert torch.equal(shared.kept, alone.kept) and torch.allclose(shared.frequency, alone.frequency) and torch.allclose(shared.cohesion, alone.cohesion)
-    assert sorted(p.name for p in two.iterdir()) == ['history.json', 'model.safetensors', 'parts.safetensors', 'run.json']
-    said, _ = (process := mwt('extract', '--out', two)).communicate(timeout=300)
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    "One command in one process and in two: their folders, and what they said."
+    folder = tmp_path_factory.mktemp('runs')
+    one, two = folder/'one', folder/'two'
+    return dict(one=(one, finish_well(alone(*ONE_EPOCH, one))), two=(two, finish_well(mwt(*ONE_EPOCH, two))))
+
+Runs = dict[str, tuple[Path, str]]
+
+
+def test_only_the_first_process_speaks(runs: Runs) -> None:
+    said = runs['two'][1]
+    assert said.count('best epoch 1, kept in') == said.count('kernels are masked') == 1
+
+
+def test_one_command_learns_the_same_in_two_processes(runs: Runs) -> None:
+    first, second = (json.loads((out/'history.json').read_text())['rows'][0] for out, _ in runs.values())
+    for name in ('loss', 'cohesion_loss', 'coupling_loss'):
+        assert second[name] == pytest.approx(first[name], rel=1e-3), name
+
+
+def test_two_processes_decompose_like_one(runs: Runs) -> None:
+    out = runs['two'][0]
+    said = finish_well(mwt('decompose', '--out', out, '--device', 'cpu'))
+    assert said.count('kept in') == 1, said
+    shared = load_parts(out/'parts.safetensors')
+    finish_well(alone('decompose', '--out', out, '--device', 'cpu'))
+    single = load_parts(out/'parts.safetensors')
+    assert torch.equal(shared.kept, single.kept)
+    assert torch.allclose(shared.frequency, single.frequency)
+    assert torch.allclose(shared.cohesion, single.cohesion)
+    files = sorted(p.name for p in out.iterdir())
+    assert files == ['history.json', 'model.safetensors', 'parts.safetensors', 'run.json']
+
+
+def test_other_commands_are_for_one_process(runs: Runs) -> None:
+    process = mwt('extract', '--out', runs['two'][0])
+    said = finish(process)
     assert process.returncode and 'torchrun is for mwt train and mwt decompose' in said
 
 
-def worker(rank: int, parent: int) -> int:
-    "The process of a rank."
+# A lost process
+
+def child_of_rank(rank: int, parent: int) -> int:
+    "The process of a rank, among the children of a process."
     for folder in Path('/proc').glob('[0-9]*'):
-        try: words, status = (folder/'environ').read_bytes().split(b'\0'), (folder/'stat').read_text().rsplit(')', 1)[1].split()
+        try:
+            environ = (folder/'environ').read_bytes().split(b'\0')
+            status = (folder/'stat').read_text().rsplit(')', 1)[1].split()
         except OSError: continue
-        if f'RANK={rank}'.encode() in words and int(status[1]) == parent: return int(folder.name)
+        if f'RANK={rank}'.encode() in environ and int(status[1]) == parent: return int(folder.name)
     raise LookupError(rank)
 
 
-@pytest.mark.skipif(not Path('/proc').is_dir(), reason='finds the process in /proc')
+def kill_in_training(lost: int, words: list[object], resume: Path) -> str:
+    "Start a run of two processes, and kill one after the first epoch; what was said."
+    process, limit = mwt(*words), time.monotonic() + PATIENCE
+    while not resume.exists() and process.poll() is None and time.monotonic() < limit: time.sleep(.01)
+    os.kill(child_of_rank(lost, process.pid), signal.SIGKILL)
+    said = finish(process)
+    assert process.returncode and 'SIGKILL' in said, said
+    return said
+
+
+needs_proc = pytest.mark.skipif(not Path('/proc').is_dir(), reason='finds the process in /proc')
+
+@needs_proc
 @pytest.mark.parametrize('lost', [0, 1])
-def test_lost_process_ends_the_run_and_the_run_goes_on(lost: int, tmp_path: Path) -> None:
-    out, whole, state = tmp_path/'run', tmp_path/'whole', tmp_path/'run'/'resume.safetensors'
+def test_lost_process_ends_the_run(lost: int, tmp_path: Path) -> None:
+    out = tmp_path/'run'
+    said = kill_in_training(lost, [*WORDS, '--epochs', '8', '--out', out], out/'resume.safetensors')
+    stopped = rf'mwt \(process {1 - lost} of 2\): training stopped: (another process was lost|asked to stop)'
+    assert re.search(stopped, said), said
+    assert 'the same command with --resume goes on from there' in said
+    assert 0 < load_tensors(out/'resume.safetensors', 'run')[1]['done'] < 8 * 20
+    assert not (out/'run.json').exists()
+
+
+@needs_proc
+def test_run_with_a_lost_process_goes_on(tmp_path: Path) -> None:
+    out, whole = tmp_path/'run', tmp_path/'whole'
     words = [*WORDS, '--epochs', '8', '--out']
-    process, limit = mwt(*words, out), time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < limit: time.sleep(.01)
-    os.kill(worker(lost, process.pid), signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode and 'SIGKILL' in said
-    assert re.search(rf'mwt \(process {1 - lost} of 2\): training stopped: (another process was lost|asked to stop)', said) and 'the same command with --resume goes on from there' in said
-    assert 0 < load_tensors(state, 'run')[1]['done'] < 8 * 20 and not (out/'run.json').exists()
-    if not lost: return                                     # going on is the same whoever was lost
-    said, _ = (process := mwt(*words, out, '--resume')).communicate(timeout=300)
-    assert process.returncode == 0 and not state.exists(), said
-    said, _ = (process := mwt(*words, whole)).communicate(timeout=300)
-    assert process.returncode == 0 and (out/'history.json').read_text() == (whole/'history.json').read_text()
-    assert (weights := [load_tensors(folder/'model.safetensors', 'checkpoint')[0] for folder in (out, whole)]) and all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+    kill_in_training(1, [*words, out], out/'resume.safetensors')
+    finish_well(mwt(*words, out, '--resume'))
+    finish_well(mwt(*words, whole))
+    assert not (out/'resume.safetensors').exists()
+    assert (out/'history.json').read_text() == (whole/'history.json').read_text()
+    resumed, expected = (load_tensors(folder/'model.safetensors', 'checkpoint')[0] for folder in (out, whole))
+    for name, weight in resumed.items(): assert torch.equal(weight, expected[name]), name
 
 
 if __name__ == '__main__': work(*sys.argv[1:])

@@ -12,18 +12,6 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['Activation', 'ChannelGroups']
 
-# %% ../../nbs/04_channels/02_groups.ipynb #7bb7a61e
-@dataclass(frozen=True)
-class Activation:
-    "What is known of an activation."
-    ids: Tensor                                 # shape of the activation: each value's channel
-    mask_layers: frozenset[str] = frozenset()   # layers behind which its masks would stand
-    zeros_lost_at: str = ''                     # operation that turned zeros into something else
-
-    def __repr__(self) -> str:
-        lost = f', zeros lost at {self.zeros_lost_at}' if self.zeros_lost_at else ''
-        return f"{compact(self.ids).flatten().tolist()} behind {sorted(self.mask_layers)}{lost}"
-
 # %% ../../nbs/04_channels/02_groups.ipynb #69a663d1
 def varying(
     ids: Tensor, # any shape
@@ -40,6 +28,18 @@ def compact(
     for d in range(ids.ndim):
         if d not in many: ids = ids.narrow(d, 0, 1)
     return ids
+
+# %% ../../nbs/04_channels/02_groups.ipynb #7bb7a61e
+@dataclass(frozen=True)
+class Activation:
+    "What is known of an activation."
+    ids: Tensor                                 # shape of the activation: each value's channel
+    mask_layers: frozenset[str] = frozenset()   # layers behind which its masks would stand
+    zeros_lost_at: str = ''                     # operation that turned zeros into something else
+
+    def __repr__(self) -> str:
+        lost = f', zeros lost at {self.zeros_lost_at}' if self.zeros_lost_at else ''
+        return f"{compact(self.ids).flatten().tolist()} behind {sorted(self.mask_layers)}{lost}"
 
 # %% ../../nbs/04_channels/02_groups.ipynb #ec290ca1
 class ChannelGroups:

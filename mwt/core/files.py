@@ -52,7 +52,7 @@ def _checksum(
     for name in sorted(tensors):
         t = tensors[name]
         found.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
-        found.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(t.reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 # %% ../../nbs/01_core/02_files.ipynb #13c79b02

@@ -34,6 +34,9 @@ class MaskPoint(nn.Module):
         self.outputs: list[Tensor] | None = None    # where to put the output, likewise
         self.register_buffer('fixed', None, persistent=False)   # (kernels,), one mask for all images
 
+    @property
+    def weight(self) -> Tensor: return self.layer.weight         # networks may ask for its type
+
     def mask(self, x: Tensor) -> Tensor | None:
         "The mask for an input: (batch, kernels), or (1, kernels) when it is the same for all."
         if self.fixed is not None: mask = self.fixed[None]

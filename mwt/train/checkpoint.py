@@ -66,5 +66,5 @@ def load_checkpoint(
     if fault := misfit(model, weights, about):
         raise ValueError(f"{path} holds the weights of another network: {fault}")
     model.load_state_dict(weights)
-    if hasattr(model, 'about'): model.classes = about['classes']
+    if 'classes' in ask(model, 'about', otherwise={}): model.classes = about['classes']
     return about

@@ -1,0 +1,209 @@
+"What every registered method has to keep: the contract of `mwt.methods.base.Method`."
+from __future__ import annotations
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from mwt.data.batches import ImageData
+from mwt.data.sources import image_data
+from mwt.measure import evaluate
+from mwt.methods.base import METHODS, Method, describe_method, make_method
+from mwt.methods.modular import ModularModel, fixed_masks, mask_table, modularize
+from mwt.modules.decompose import decompose
+from mwt.modules.extract import extract
+from mwt.modules.module import load_module, save_module
+from mwt.modules.parts import Parts, load_parts, save_parts, union_masks
+from mwt.networks import create_model
+from mwt.train import fit as fitting
+from mwt.train.checkpoint import load_checkpoint, save_checkpoint
+from mwt.train.fit import fit
+from mwt.train.history import TrainConfig
+from mwt.train.trainer import Trainer
+
+BUILT_IN = sorted(METHODS)
+NETWORKS = ('simcnn', 'resnet18')
+
+
+@pytest.fixture(scope='session')
+def digits() -> ImageData:
+    return image_data('digits', batch_size=64, device='cpu')
+
+
+def new_model(method: str, network: str = 'simcnn', width: float = 0.15) -> ModularModel:
+    return modularize(create_model(network, 10, width, 1, seed=0), 10, method)
+
+
+@dataclass
+class Trained:
+    "A model that has learned the digits, and its parts."
+    model: ModularModel
+    parts: Parts
+
+
+@pytest.fixture(scope='module', params=BUILT_IN)
+def trained(request: pytest.FixtureRequest, digits: ImageData) -> Trained:
+    model = new_model(request.param)
+    fit(model, digits, epochs=14, lr=0.1, show_progress=False)
+    return Trained(model, decompose(model, digits.train, show_progress=False))
+
+
+def test_it_learns(trained: Trained, digits: ImageData) -> None:
+    assert evaluate(trained.model, digits.test) > 0.85
+
+
+def test_parts_have_kernels_for_every_class(trained: Trained) -> None:
+    parts = trained.parts
+    assert parts.sizes == trained.model.kernels and parts.kept.shape == (10, sum(parts.sizes.values()))
+    for layer, kept in parts.split(parts.kept).items(): assert kept.any(1).all(), layer
+
+
+@pytest.mark.parametrize('classes', [['3'], ['0', '8'], [str(i) for i in range(10)]], ids=len)
+def test_slim_equals_masked(trained: Trained, classes: list[str]) -> None:
+    model, parts = trained.model.eval(), trained.parts
+    module, masks = extract(model, parts, classes), union_masks(parts, classes)
+    x = torch.randn(8, *model.input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), fixed_masks(model, masks):
+        wanted = model(x)[:, [parts.classes.index(c) for c in classes]]
+    with torch.no_grad(): found = module(x)
+    assert wanted.std() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('method', BUILT_IN)
+def test_any_masks_are_cut_exactly(method: str, network: str) -> None:
+    model = new_model(method, network).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for norm in model.modules():
+        if not isinstance(norm, torch.nn.BatchNorm2d): continue
+        norm.running_mean.normal_(0, .1, generator=generator)
+        with torch.no_grad(): norm.bias.normal_(0, .3, generator=generator)
+    masks = random_masks(model, generator)
+    x = torch.randn(4, *model.input_shape, generator=generator).double()
+    with torch.no_grad(), fixed_masks(model, masks): wanted = model(x)
+    with torch.no_grad(): found = model.cut(masks)(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def random_masks(model: ModularModel, generator: torch.Generator) -> dict[str, Tensor]:
+    "Half of the kernels of each layer; coupled layers get the same, as their number in the table says."
+    numbers, drawn = model.masks.rows(), {}
+    masks = {}
+    for layer, kernels in model.kernels.items():
+        group = numbers.get(layer, layer)
+        if group not in drawn:
+            drawn[group] = torch.rand(kernels, generator=generator) < .5
+            drawn[group][0] = True
+        masks[layer] = drawn[group]
+    return masks
+
+
+def test_files_give_back_what_was_saved(trained: Trained, tmp_path: Path) -> None:
+    model, parts = trained.model.eval(), trained.parts
+    save_checkpoint(model, tmp_path/'model.safetensors')
+    twin = modularize(create_model('simcnn', 10, 0.15, 1), 10, model.method)
+    load_checkpoint(twin, tmp_path/'model.safetensors')
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values()))
+    again = load_parts(save_parts(parts, tmp_path/'parts.safetensors'))
+    assert torch.equal(again.kept, parts.kept) and again.classes == parts.classes
+    module = extract(twin, again, ['2', '5'])
+    stored = load_module(save_module(module, tmp_path/'module.safetensors'))
+    x = torch.randn(3, *model.input_shape)
+    with torch.no_grad(): assert torch.equal(stored(x), module(x))
+
+
+class Stopped(Exception): "Instead of a power cut."
+
+
+@pytest.mark.parametrize('method', BUILT_IN)
+def test_a_stopped_run_ends_at_the_same_bits(method: str, digits: ImageData, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict(epochs=4, seed=3, show_progress=False)
+    whole = new_model(method, width=0.1)
+    fit(whole, digits, **options)
+    save_run = fitting._save_run
+    def stop_after_two(*args: Any, **kwargs: Any) -> None:
+        save_run(*args, **kwargs)
+        stops.append(None)
+        if len(stops) == 2: raise Stopped
+    stops: list[None] = []
+    monkeypatch.setattr(fitting, '_save_run', stop_after_two)
+    with pytest.raises(Stopped): fit(new_model(method, width=0.1), digits, resume=tmp_path/'run.safetensors', **options)
+    monkeypatch.setattr(fitting, '_save_run', save_run)
+    resumed = new_model(method, width=0.1)
+    fit(resumed, digits, resume=tmp_path/'run.safetensors', **options)
+    for name, value in whole.state_dict().items(): assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class HostReads(TorchDispatchMode):
+    "Notes operations whose result the host has to wait for."
+    WAITS = ('_local_scalar_dense', 'nonzero', 'masked_select', 'is_nonzero', '_unique', 'equal')
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if any(name == w or name.startswith(w) and w == '_unique' for w in self.WAITS): self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_a_wait() -> None:
+    with HostReads() as reads:
+        torch.ones(2).sum().item()
+        torch.ones(2)[torch.tensor([True, False])]
+    assert '_local_scalar_dense' in reads.seen and 'nonzero' in reads.seen
+
+
+@pytest.mark.parametrize('progress', [0., 0.7])
+@pytest.mark.parametrize('method', BUILT_IN)
+def test_a_step_never_waits_for_the_device(method: str, progress: float) -> None:
+    model = new_model(method, width=0.1).train()
+    run = Trainer(model, TrainConfig(), 100)
+    images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+    run.done = int(100 * progress)
+    run.step(images, labels)            # a smaller network may take over here, once
+    with HostReads() as reads: run.step(images, labels)
+    assert not reads.seen
+
+
+@pytest.mark.parametrize('method', BUILT_IN)
+def test_a_method_is_its_name_and_settings(method: str) -> None:
+    made = make_method(method)
+    assert made.name == method and make_method(**describe_method(made)) == made
+    assert made.__doc__ and set(describe_method(made)) == {'method', *(f.name for f in fields(made))}
+    with pytest.raises(ValueError, match=f"method '{method}' has no setting 'no_such'"): make_method(method, no_such=1)
+    with pytest.raises(ValueError, match='put them into it'): make_method(made, no_such=1)
+
+
+@pytest.mark.parametrize('method', BUILT_IN)
+def test_it_says_what_it_cannot_do(method: str) -> None:
+    with pytest.raises(ValueError, match='no layer is left'):
+        modularize(create_model('simcnn', 10, .1), 10, method, filter_fn=lambda layer, name: False)
+    model = new_model(method)
+    assert str(sum(model.kernels.values())) in mask_table(model).title.replace(',', '')
+    targets = torch.ones(2, 10, dtype=torch.bool)
+    try: answers = model.eval()(torch.zeros(2, 1, 8, 8), targets)
+    except ValueError as e: assert 'targets: the masks of this method are made of each image' in str(e)
+    else: assert answers.shape == (2, 10)
+
+
+def test_a_method_of_ones_own() -> None:
+    @dataclass(frozen=True)
+    class Twice(METHODS['composable'], name='twice-as-dense'): target_krr: float = .3
+    try:
+        assert isinstance(make_method(Twice()), Method) and describe_method(Twice())['method'] == 'twice-as-dense'
+        model = modularize(create_model('simcnn', 10, .1), 10, 'twice-as-dense')
+        assert model.method == Twice()
+    finally: del METHODS['twice-as-dense']
+
+
+def test_settings_of_earlier_files_still_mean_the_same() -> None:
+    old = dict(method='composable', target_krr=.2, full=.4, start=.2, end=.6, memory=.9, twice=False)
+    made = make_method(**old)
+    assert (made.full_fraction, made.close_from, made.closed_by) == (.4, .2, .6)
+    assert (made.decay, made.two_roles) == (.9, False)
