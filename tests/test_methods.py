@@ -17,9 +17,8 @@ from mwt.modules.extract import extract
 from mwt.modules.module import load_module, save_module
 from mwt.modules.parts import Parts, load_parts, save_parts, union_masks
 from mwt.networks import create_model
-from mwt.train import fit as fitting
 from mwt.train.checkpoint import load_checkpoint, save_checkpoint
-from mwt.train.fit import fit
+from mwt.train.fit import Fit, fit
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer
 
@@ -121,18 +120,18 @@ class Stopped(Exception): "Instead of a power cut."
 @pytest.mark.parametrize('method', BUILT_IN)
 def test_a_stopped_run_ends_at_the_same_bits(method: str, digits: ImageData, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    options = dict(epochs=4, seed=3, show_progress=False)
+    options: dict[str, Any] = dict(epochs=4, seed=3, show_progress=False)
     whole = new_model(method, width=0.1)
     fit(whole, digits, **options)
-    save_run = fitting._save_run
-    def stop_after_two(*args: Any, **kwargs: Any) -> None:
-        save_run(*args, **kwargs)
+    save_run, stops = Fit.save_run, []
+    def stop_after_two(self: Fit) -> None:
+        save_run(self)
         stops.append(None)
         if len(stops) == 2: raise Stopped
-    stops: list[None] = []
-    monkeypatch.setattr(fitting, '_save_run', stop_after_two)
-    with pytest.raises(Stopped): fit(new_model(method, width=0.1), digits, resume=tmp_path/'run.safetensors', **options)
-    monkeypatch.setattr(fitting, '_save_run', save_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, 'save_run', stop_after_two)
+        with pytest.raises(Stopped):
+            fit(new_model(method, width=0.1), digits, resume=tmp_path/'run.safetensors', **options)
     resumed = new_model(method, width=0.1)
     fit(resumed, digits, resume=tmp_path/'run.safetensors', **options)
     for name, value in whole.state_dict().items(): assert torch.equal(value, resumed.state_dict()[name]), name

@@ -63,9 +63,12 @@ class ActivationCut:
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #3f889bde
 @patch
 def writes(self: ActivationCut, node: fx.Node) -> bool:
-    "Does this operation mix channels?"
+    "Does this operation mix channels, so that its results are channels of their own?"
     layer = self.tracker.layers.get(node.target) if node.op == 'call_module' else None
-    return layer is not None and layer.reads is not None and not self.grouped(node)
+    if layer is not None: return layer.reads is not None and not self.grouped(node)
+    if node not in self.flows: return False         # it is asked for its shape, or the like
+    before = self.inputs(node)
+    return bool(before) and not any((self.roots(n) & self.roots(node)).any() for n in before)
 
 @patch
 def grouped(self: ActivationCut, node: fx.Node) -> bool:
@@ -134,6 +137,7 @@ def asks_for(self: ActivationCut, user: fx.Node, node: fx.Node, wanted: Mapping[
     "What one reader wants of an activation."
     if user.op == 'output' or self.writes(user): return self.roots(node)
     if user not in self.flows: return self.nothing()        # it asks for the shape only
+    if not (self.roots(user) & self.roots(node)).any(): return self.roots(node)     # it is spread over others
     asked = wanted[user] & self.roots(node)
     return asked & masks[user] if user in masks else asked
 
@@ -208,6 +212,7 @@ def aligned(self: ActivationCut,
     flow = self.flows.get(source)
     passes = user not in self.flows or self.writes(user) or not self.aligns(user)
     if not isinstance(flow, Activation) or passes: return new[source]
+    if not (self.roots(user) & self.roots(source)).any(): return new[source]        # spread over other channels
     valid = there[source] & alive[source]
     if user.name in self.points: valid = valid & alive[user]
     return self.align_(graph, new[source], flow, there[source], valid, there[user] & self.roots(source))
@@ -217,7 +222,8 @@ def slice_(self: ActivationCut, net: nn.Module, node: fx.Node, there: Mapping[fx
     "Cut the weights of a layer."
     layer = self.tracker.layers[node.target]
     [source] = self.inputs(node)
-    reads = None if layer.reads is None else there[source][self.root[layer.reads]]
+    inputs = there[node] if self.grouped(node) else there[source]
+    reads = None if layer.reads is None else inputs[self.root[layer.reads]]
     writes = there[node][self.root[layer.writes]]
     _cut_layer(net.get_submodule(node.target), reads, writes)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.checks import check_choice
 from ..core.display import Table, percent
 from ..core.files import load_tensors, save_tensors
-from .modularity import jaccard, jaccard_cohesion, jaccard_coupling, kernel_retention
+from .modularity import jaccard, jaccard_coupling, kernel_retention
 
 # %% auto #0
 __all__ = ['Parts', 'plot_masks', 'plot_coupling', 'save_parts', 'load_parts']

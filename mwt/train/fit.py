@@ -99,10 +99,10 @@ def found_data(
     device: str | torch.device | None, # likewise
     model: nn.Module, # to be trained
 ) -> ImageData: # or what answers like it
-    "The data on the device of the run. Raises `TypeError` or `ValueError` for what cannot be used."
-    if not isinstance(data, ImageData):
-        return as_image_data(data, device=device, n_classes=n_outputs(model))
-    return data if device is None else data.to(device)
+    "A copy of the data on the device of the run. Raises `TypeError` or `ValueError` for what is none."
+    n_classes = None if isinstance(data, ImageData) else n_outputs(model)
+    data = as_image_data(data, device=device, n_classes=n_classes)
+    return data.to(data.device if device is None else device)
 
 # %% ../../nbs/07_train/04_fit.ipynb #19423d9a
 def is_best(
@@ -286,7 +286,7 @@ def _prepared(
     "A run at its start: memory order and class names are those of training."
     format = memory_format(model, torch.zeros(2, *data.shape, device=data.device))
     model.to(memory_format=format)
-    if hasattr(model, 'about'): model.classes = list(data.classes)
+    if 'classes' in ask(model, 'about', otherwise={}): model.classes = list(data.classes)
     return Trainer(model, config, steps, compile, format)
 
 # %% ../../nbs/07_train/04_fit.ipynb #a91d3647
