@@ -1,6 +1,7 @@
 """What the speed benchmarks share: their options, rows kept as lines of JSON, tables.
 
-Times are taken by `mwt.measure.time_in_turns`: medians over rounds in which each candidate runs once, after rounds that warm up.
+Times are taken by `mwt.measure.time_in_turns`: medians over rounds in which each candidate runs
+once, after rounds that warm up.
 """
 from __future__ import annotations
 import argparse, json, sys
@@ -24,8 +25,12 @@ def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--device', default=None, help='left out: CUDA where there is one')
     p.add_argument('--threads', type=int, default=0, help='of PyTorch on the CPU; 0: its own choice')
-    p.add_argument('--quick', action='store_true', help='a short form, to see that it works; keeps nothing unless --results is given')
-    p.add_argument('--results', type=Path, help='a file of JSON lines; left out: results/NAME.jsonl, or nothing with --quick')
+    p.add_argument('--quick', action='store_true',
+                   help='a short form, to see that it works; keeps nothing unless --results is '
+                        'given')
+    p.add_argument('--results', type=Path,
+                   help='a file of JSON lines; left out: results/NAME.jsonl, or nothing with '
+                        '--quick')
     return p
 
 
@@ -39,8 +44,9 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argp
 
 
 def keep(name: str, rows: Sequence[Mapping[str, Any]], a: argparse.Namespace) -> None:
-    "Print rows as a table and keep them with the machine's facts; earlier rows of the same kind of device make room."
-    print(Table([{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows]), flush=True)
+    "Print rows and keep them with the machine's facts; earlier ones of its kind of device make room."
+    shown = [{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    print(Table(shown), flush=True)
     path = a.results or (None if a.quick else HERE/'results'/f'{name}.jsonl')
     if path is None: return
     about = dict(kind=a.device.type, quick=a.quick, **environment(a.device))

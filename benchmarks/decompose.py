@@ -3,14 +3,16 @@
     python benchmarks/decompose.py              # about two minutes on two cores
     python benchmarks/decompose.py --quick
 
-Memory: `decompose` of a thin SimCNN (method mwt) over n and 10 n random images, median of three runs, each in a process of its
-own. What is measured is how far the peak rises above its state before the call: of the process's resident memory (ru_maxrss) on
-the CPU, of allocated memory on CUDA. The images, made before, do not count. Beside it stand the bytes that all samples' masks,
-as floats, would need.
+Memory: `decompose` of a thin SimCNN (method mwt) over n and 10 n random images, median of three
+runs, each in a process of its own. What is measured is how far the peak rises above its state
+before the call: of the process's resident memory (ru_maxrss) on the CPU, of allocated memory on
+CUDA. The images, made before, do not count. Beside it stand the bytes that all samples' masks, as
+floats, would need.
 
-Cohesion: `mwt.modules.modularity.mean_jaccard` of 5,000 samples x 4,800 kernels, against one pass per shift: the masks beside the masks
-rolled by 1, 2, ... samples. It is given in two forms, with integers as the published method computes it, and with booleans.
-A pass per shift takes long, so evenly spread shifts are timed and their median is multiplied by the number of all shifts. On a
+Cohesion: `mwt.modules.modularity.mean_jaccard` of 5,000 samples x 4,800 kernels, against one pass
+per shift: the masks beside the masks rolled by 1, 2, ... samples. It is given in two forms, with
+integers as the published method computes it, and with booleans. A pass per shift takes long, so
+evenly spread shifts are timed and their median is multiplied by the number of all shifts. On a
 small case, all shifts are run and all forms are checked to agree.
 Rows go to results/decompose.jsonl.
 """
@@ -44,10 +46,12 @@ def rise(samples: int, device: torch.device, width: float, kept: int) -> dict[st
     images = torch.randint(256, (samples, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(samples, device=device) % len(CLASSES)
     batches = Batches(images, labels, CLASSES, mean=torch.full((3,), .5), std=torch.full((3,), .25))
-    model = modularize(create_model('simcnn', width=width, seed=0), len(CLASSES), 'mwt', torch.zeros(1, 3, 32, 32)).to(device)
+    net = create_model('simcnn', width=width, seed=0)
+    model = modularize(net, len(CLASSES), 'mwt', torch.zeros(1, 3, 32, 32)).to(device)
     before = peak(device)
     decompose(model, batches, samples=kept, show_progress=False)
-    return dict(samples=samples, kernels=sum(model.kernels.values()), rise=peak(device) - before, images=images.nbytes)
+    return dict(samples=samples, kernels=sum(model.kernels.values()), rise=peak(device) - before,
+                images=images.nbytes)
 
 
 def memory(a: Any) -> list[dict[str, Any]]:
@@ -55,12 +59,18 @@ def memory(a: Any) -> list[dict[str, Any]]:
     found: dict[int, list[dict[str, Any]]] = {a.samples: [], 10 * a.samples: []}
     for _ in range(1 if a.quick else 3):
         for samples, runs in found.items():
-            words = [sys.executable, str(Path(__file__).resolve()), '--device', str(a.device), '--threads', str(a.threads),
+            words = [sys.executable, str(Path(__file__).resolve()),
+                     '--device', str(a.device), '--threads', str(a.threads),
                      '--width', str(a.width), '--kept', str(a.kept), '--rise', str(samples)]
-            runs.append(json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]))
-    rises = [[run['rise'] for run in runs] for runs in found.values()]
-    rows = [dict(figure='memory', form='decompose') | runs[0] | dict(rise=statistics.median(r), low=min(r), high=max(r)) for runs, r in zip(found.values(), rises)]
-    return [r | dict(all_masks=4 * r['samples'] * r['kernels'], ratio=r['rise'] / rows[0]['rise']) for r in rows]
+            said = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs.append(json.loads(said.splitlines()[-1]))
+    rows = []
+    for runs in found.values():
+        rises = [run['rise'] for run in runs]
+        spread = dict(rise=statistics.median(rises), low=min(rises), high=max(rises))
+        rows.append(dict(figure='memory', form='decompose') | runs[0] | spread)
+    return [r | dict(all_masks=4 * r['samples'] * r['kernels'], ratio=r['rise'] / rows[0]['rise'])
+            for r in rows]
 
 
 def shift_integer(masks: Tensor, shift: int) -> Tensor:
@@ -75,7 +85,8 @@ def shift_boolean(masks: Tensor, shift: int) -> Tensor:
     return ((masks & other).sum(1) / (masks | other).sum(1)).mean()
 
 
-FORMS = {'one pass a shift, integers': (shift_integer, torch.int32), 'one pass a shift, booleans': (shift_boolean, torch.bool)}
+FORMS = {'one pass a shift, integers': (shift_integer, torch.int32),
+         'one pass a shift, booleans': (shift_boolean, torch.bool)}
 
 
 def check(device: torch.device) -> None:
@@ -93,14 +104,18 @@ def time_cohesion(a: Any) -> list[dict[str, Any]]:
         check(a.device)
         masks = (torch.rand(n, kernels) < .5).to(a.device)
     about = dict(figure='cohesion', samples=n, kernels=kernels)
-    [fast] = time_in_turns({'product': lambda: mean_jaccard(masks)}, a.device, rounds=3 if a.quick else 5, warmup=1).values()
+    product = {'product': lambda: mean_jaccard(masks)}
+    rounds = 3 if a.quick else 5
+    [fast] = time_in_turns(product, a.device, rounds=rounds, warmup=1).values()
     shifts = torch.linspace(1, n - 1, 5 if a.quick else 15).long().tolist()
     rows = [dict(form='mean_jaccard', **about, shifts_timed=0, seconds=fast['seconds'], faster=1.)]
     for name, (shift, dtype) in FORMS.items():
         given, left = masks.to(dtype), iter([shifts[0], *shifts])       # the first warms up
-        [one] = time_in_turns({name: lambda: shift(given, next(left))}, a.device, rounds=len(shifts), warmup=1).values()
+        one_shift = {name: lambda: shift(given, next(left))}
+        [one] = time_in_turns(one_shift, a.device, rounds=len(shifts), warmup=1).values()
         seconds = one['seconds'] * (n - 1)
-        rows.append(dict(form=name, **about, shifts_timed=len(shifts), seconds=seconds, faster=seconds / fast['seconds']))
+        rows.append(dict(form=name, **about, shifts_timed=len(shifts), seconds=seconds,
+                         faster=seconds / fast['seconds']))
     return rows
 
 
@@ -108,8 +123,12 @@ def main() -> None:
     p = arguments(__doc__)
     p.add_argument('--samples', type=int, default=None, help='n; left out: 2500, or 500 with --quick')
     p.add_argument('--width', type=float, default=.125, help='of the SimCNN')
-    p.add_argument('--kept', type=int, default=None, help='masks a class that decompose keeps for cohesion; left out: its default, or 20 with --quick')
-    p.add_argument('--rise', type=int, default=None, help='only take a network apart with so many images, and print how far the peak rose')
+    p.add_argument('--kept', type=int, default=None,
+                   help='masks a class that decompose keeps for cohesion; left out: its default, '
+                        'or 20 with --quick')
+    p.add_argument('--rise', type=int, default=None,
+                   help='only take a network apart with so many images, and print how far the '
+                        'peak rose')
     a = parse(p)
     a.samples, a.kept = a.samples or (500 if a.quick else 2500), a.kept or (20 if a.quick else 200)
     if a.rise: return print(json.dumps(rise(a.rise, a.device, a.width, a.kept)))

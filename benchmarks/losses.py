@@ -4,8 +4,9 @@
     python benchmarks/losses.py --quick     # a small batch
 
 Three forms of the same two numbers, which are checked to agree in values and gradients before they are timed:
-- pairs, indexed: for each layer the (batch x batch) table of cosine similarities, of which boolean indexing takes the pairs
-  above the diagonal, and of these the pairs of one class and those of two; the way of the published method;
+- pairs, indexed: for each layer the (batch x batch) table of cosine similarities, of which
+  boolean indexing takes the pairs above the diagonal, and of these the pairs of one class and
+  those of two; the way of the published method;
 - pairs, weighted: the same table, multiplied by weights that are made once a batch; no indexing;
 - class sums: `mwt.methods.losses.mask_losses`; no table.
 Rows go to results/losses.jsonl; `ratio` is the time over that of the first form.
@@ -22,7 +23,7 @@ from mwt.measure import time_in_turns
 from mwt.methods.losses import mask_losses
 
 SIMCNN = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)       # kernels of its 13 layers
-ALPHA, BETA = 0.5, 1.5                                                          # weights of the two losses (paper)
+ALPHA, BETA = 0.5, 1.5      # weights of the two losses (paper)
 Losses = tuple[Tensor, Tensor]
 
 
@@ -51,7 +52,8 @@ def weighted(masks: list[Tensor], labels: Tensor, n_classes: int) -> Losses:
     return 1 - (total * same).sum() / len(masks), (total * other).sum() / len(masks)
 
 
-FORMS: dict[str, Callable[..., Losses]] = {'pairs, indexed': indexed, 'pairs, weighted': weighted, 'class sums': mask_losses}
+FORMS: dict[str, Callable[..., Losses]] = {
+    'pairs, indexed': indexed, 'pairs, weighted': weighted, 'class sums': mask_losses}
 
 
 def split(kernels: int) -> list[int]:
@@ -60,7 +62,12 @@ def split(kernels: int) -> list[int]:
     return [b - a for a, b in zip(edges, edges[1:])]
 
 
-def step(form: Callable[..., Losses], masks: list[Tensor], labels: Tensor, n_classes: int) -> tuple[Tensor, ...]:
+def step(
+    form: Callable[..., Losses], # one of `FORMS`
+    masks: list[Tensor], # a layer each: (samples, kernels)
+    labels: Tensor, # of the samples
+    n_classes: int, # that there are
+) -> tuple[Tensor, ...]: # cohesion, coupling, a gradient for each layer
     "Both losses and the gradient of what training adds to the cross-entropy."
     cohesion, coupling = form(masks, labels, n_classes)
     return cohesion, coupling, *torch.autograd.grad(ALPHA * cohesion + BETA * coupling, masks)
@@ -71,13 +78,15 @@ def check(masks: list[Tensor], labels: Tensor, n_classes: int) -> None:
     first, *others = (step(form, masks, labels, n_classes) for form in FORMS.values())
     for name, found in zip(list(FORMS)[1:], others):
         for a, b in zip(found, first):
-            assert (a - b).abs().max() <= 1e-4 * (b.abs().max() if b.ndim else 1), f'{name} differs from {list(FORMS)[0]}'
+            largest = b.abs().max() if b.ndim else 1
+            assert (a - b).abs().max() <= 1e-4 * largest, f'{name} differs from {list(FORMS)[0]}'
 
 
 def main() -> None:
     p = arguments(__doc__)
     p.add_argument('--batch', type=int, default=None, help='samples; left out: 512, or 64 with --quick')
-    p.add_argument('--kernels', type=int, default=None, help='of all layers; left out: 4800, or 480 with --quick')
+    p.add_argument('--kernels', type=int, default=None,
+                   help='of all layers; left out: 4800, or 480 with --quick')
     p.add_argument('--classes', type=int, default=10)
     a = parse(p)
     batch, kernels = a.batch or (64 if a.quick else 512), a.kernels or (480 if a.quick else 4800)
@@ -88,7 +97,9 @@ def main() -> None:
     forms = {name: lambda form=form: step(form, masks, labels, a.classes) for name, form in FORMS.items()}
     found = time_in_turns(forms, a.device, rounds=5 if a.quick else 25)
     about = dict(batch=batch, kernels=kernels, layers=len(SIMCNN), classes=a.classes)
-    keep('losses', [dict(form=name) | about | times | dict(faster=1 / times['ratio']) for name, times in found.items()], a)
+    rows = [dict(form=name) | about | times | dict(faster=1 / times['ratio'])
+            for name, times in found.items()]
+    keep('losses', rows, a)
 
 
 if __name__ == '__main__': main()

@@ -1,13 +1,18 @@
-"""How good are modules as they are cut? Train, decompose, extract and judge, for several networks, methods and seeds.
+"""How good are modules as they are cut?
 
-    python benchmarks/quality.py run --data FOLDER                  # the CPU figures: about 80 minutes on two cores
+Train, decompose, extract and judge, for several networks, methods and seeds.
+
+    python benchmarks/quality.py run --data FOLDER                  # on a CPU: 80 minutes, two cores
     python benchmarks/quality.py run --data FOLDER --preset quick   # a minute, to see that it works
-    python benchmarks/quality.py run --data FOLDER --preset gpu     # full-width networks, 200 epochs; wants a CUDA GPU
+    python benchmarks/quality.py run --data FOLDER --preset gpu     # full width, 200 epochs; CUDA
     python benchmarks/quality.py run --data FOLDER --preset ablation
-    python benchmarks/quality.py table                              # all results as Markdown, mean and spread over seeds
+    python benchmarks/quality.py table                              # all results as Markdown
 
-Every run adds one line to results/quality.jsonl; runs that are there already are skipped, so a stopped benchmark is resumed
-by the same command, and several may work side by side (--seeds 0, --seeds 1, ...).
+The table gives mean and spread over seeds.
+
+Every run adds one line to results/quality.jsonl; runs that are there already are skipped, so a
+stopped benchmark is resumed by the same command, and several may work side by side (--seeds 0,
+--seeds 1, ...).
 """
 from __future__ import annotations
 import argparse, itertools, json, random, statistics, sys, time
@@ -41,13 +46,18 @@ from results import FOLDER, figure, read
 RESULTS = FOLDER/'quality.jsonl'
 RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
 PRESETS: dict[str, dict[str, Any]] = {
-    'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['plain', 'composable'], epochs=10, batch=64, fives=20),
+    'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['plain', 'composable'],
+                epochs=10, batch=64, fives=20),
     'quick': dict(networks=['simcnn:0.1'], methods=['plain', 'composable'], epochs=1, batch=128, fives=2),
     'mwt': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['mwt'], epochs=10, batch=64, fives=20),
-    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=64, fives=20, methods=['plain', 'composable', 'composable,twice=0', 'composable,twice=0,full=1',
-        'composable,twice=0,full=0', 'uniform,twice=0', 'distilled,twice=0', 'both,twice=0', 'composable,twice=0,separation=0', 'composable,twice=0,separation=3',
-        'composable,twice=0,end=0.9,start=0.5', 'composable,twice=0,memory=0.9', 'plain,weight_decay=0', 'composable,twice=0,weight_decay=0']),
-    'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'], methods=['plain', 'composable', 'mwt'], epochs=200, batch=512, fives=20)}
+    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=64, fives=20, methods=[
+        'plain', 'composable', 'composable,twice=0', 'composable,twice=0,full=1',
+        'composable,twice=0,full=0', 'uniform,twice=0', 'distilled,twice=0', 'both,twice=0',
+        'composable,twice=0,separation=0', 'composable,twice=0,separation=3',
+        'composable,twice=0,end=0.9,start=0.5', 'composable,twice=0,memory=0.9',
+        'plain,weight_decay=0', 'composable,twice=0,weight_decay=0']),
+    'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'],
+                methods=['plain', 'composable', 'mwt'], epochs=200, batch=512, fives=20)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Distilled(Composable, name='distilled'):
 
 @dataclass(frozen=True)
 class Both(Composable, name='both'):
-    "For the ablation: every image trains all classes and a random target set, from the start; twice the work."
+    "For the ablation: every image trains all classes and a random target set; twice the work."
     def training_loss(self, model: ModularModel, images: Tensor, labels: Tensor,
                       progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         small = draw_targets(labels, model.n_classes, 0)
@@ -94,7 +104,7 @@ class Both(Composable, name='both'):
 
 
 def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` for a plain network
-    "A method and the recipe, from words like `plain`, `mwt`, `composable,full_fraction=0.5`, `plain,weight_decay=0`."
+    "A method and the recipe, from words like `mwt`, `composable,full_fraction=0.5,weight_decay=0`."
     name, *changes = method.split(',')
     if name != 'plain' and name not in METHODS:
         raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(METHODS)}")
@@ -111,16 +121,23 @@ def logits_of(model: torch.nn.Module, data: ImageData) -> Tensor:
     with evaluating(model): return torch.cat([model(images) for images, _ in data.test.plain()])
 
 
-def judge_sets(model: ModularModel, parts: Parts, data: ImageData, sets: list[list[int]], logits: Tensor) -> dict[str, float]:
-    "Means over several sets of classes: the module as it is cut, and beside it the full model choosing among the same classes."
+def judge_sets(
+    model: ModularModel, # a trained one
+    parts: Parts, # what it was taken apart into
+    data: ImageData, # its test images are looked at
+    sets: list[list[int]], # of classes; a module is cut for each
+    logits: Tensor, # the model's answers for all test images
+) -> dict[str, float]: # means over the sets
+    "The module as it is cut, and beside it the full model choosing among the same classes."
     found = []
     for rows in sets:
         module, chosen = extract(model, parts, rows), torch.tensor(rows, device=logits.device)
         among = torch.isin(data.test.labels, chosen)
         right = chosen[logits[among][:, chosen].argmax(1)] == data.test.labels[among]
+        image = torch.zeros(1, *module.input_shape, device=data.device)
         found.append(dict(accuracy=evaluate(module, data.test), full=right.float().mean().item(),
                           params=count_params(module) / module.full['params'],
-                          flops=count_flops(module, torch.zeros(1, *module.input_shape, device=data.device)) / module.full['flops']))
+                          flops=count_flops(module, image) / module.full['flops']))
     return {k: statistics.mean(f[k] for f in found) for k in found[0]}
 
 
@@ -129,15 +146,25 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
     name, width = network.split(':')
     (masks, recipe), start = settings_of(method), time.perf_counter()
     model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
-    if masks: model = modularize(model, data.n_classes, masks, example_input=torch.zeros(1, *data.shape), seed=seed)
-    history = fit(model, data, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress, **recipe)
-    result = dict(train_seconds=time.perf_counter() - start, params=count_params(model.net if masks else model),
-                  valid=history.series('valid_accuracy')[history.best_epoch - 1], full=evaluate(model, data.test))
     if masks:
-        parts, n, logits = decompose(model, data.train, show_progress=False), data.n_classes, logits_of(model, data)
+        image = torch.zeros(1, *data.shape)
+        model = modularize(model, data.n_classes, masks, example_input=image, seed=seed)
+    history = fit(model, data, a.epochs, seed=seed, device=data.device,
+                  show_progress=a.show_progress, **recipe)
+    seconds = time.perf_counter() - start
+    net = model.net if masks else model
+    result = dict(train_seconds=seconds, params=count_params(net),
+                  valid=history.series('valid_accuracy')[history.best_epoch - 1],
+                  full=evaluate(model, data.test))
+    if masks:
+        parts = decompose(model, data.train, show_progress=False)
+        n = data.n_classes
+        logits = logits_of(model, data)
         pairs = list(map(list, itertools.combinations(range(n), 2)))
         fives = [sorted(random.Random(i).sample(range(n), 5)) for i in range(a.fives)]
-        result |= dict(krr=parts.kept.double().mean().item(), coupling=jaccard_coupling(parts.kept).mean().item(), cohesion=parts.cohesion.mean().item())
+        result |= dict(krr=parts.kept.double().mean().item(),
+                       coupling=jaccard_coupling(parts.kept).mean().item(),
+                       cohesion=parts.cohesion.mean().item())
         for size, sets in ((1, [[i] for i in range(n)]), (2, pairs), (5, fives), (n, [list(range(n))])):
             result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
     return result | dict(seconds=time.perf_counter() - start)
@@ -145,7 +172,8 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
 
 def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[str, Any]:
     "What tells runs apart."
-    return dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch, data=Path(a.data).name) | settings_of(method)[1]
+    about = dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch)
+    return about | dict(data=Path(a.data).name) | settings_of(method)[1]
 
 
 def run(a: argparse.Namespace) -> None:
@@ -163,7 +191,8 @@ def run(a: argparse.Namespace) -> None:
         print(key, {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
 
 
-COLUMNS = [('full', 'full'), ('KRR', 'krr'), ('2 classes', 'accuracy_2'), ('5', 'accuracy_5'), ('10', 'accuracy_10'),
+COLUMNS = [('full', 'full'), ('KRR', 'krr'),
+           ('2 classes', 'accuracy_2'), ('5', 'accuracy_5'), ('10', 'accuracy_10'),
            ('full on the 2', 'full_2'), ('on the 5', 'full_5'),
            ('parameters 2', 'params_2'), ('5', 'params_5'), ('10', 'params_10')]
 
@@ -179,7 +208,8 @@ def table(path: Path) -> str:
         cells += [figure(runs, k) for _, k in COLUMNS]
         lines.append('| ' + ' | '.join(cells) + ' |')
     gpu = PRESETS['gpu']
-    missing = [m for m in itertools.product(gpu['networks'], [gpu['epochs']], [gpu['batch']], gpu['methods']) if m not in groups]
+    planned = itertools.product(gpu['networks'], [gpu['epochs']], [gpu['batch']], gpu['methods'])
+    missing = [m for m in planned if m not in groups]
     lines += ['| ' + ' | '.join([*map(str, m), '0', *['not run'] * len(COLUMNS)]) + ' |' for m in missing]
     return '\n'.join(lines)
 
@@ -192,7 +222,9 @@ def main() -> None:
     r.add_argument('--root', default='data', help='decoded images are kept here')
     r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
-    r.add_argument('--methods', nargs='+', help='plain, composable, mwt, or with settings, of the method or of the recipe: composable,full_fraction=0.5')
+    r.add_argument('--methods', nargs='+',
+                   help='plain, composable, mwt, or with settings, of the method or of the recipe: '
+                        'composable,full_fraction=0.5')
     r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('epochs', 'batch', 'fives'): r.add_argument(f'--{name}', type=int)
     r.add_argument('--device', default=None)

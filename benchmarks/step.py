@@ -1,22 +1,26 @@
 """What does a step of modular training cost, against a step of plain training?
 
-    python benchmarks/step.py                   # full width, 32 images in a batch on a CPU (some minutes), 512 and bfloat16 on CUDA
+    python benchmarks/step.py       # full width; batches of 32 on a CPU (minutes), of 512 on CUDA
     python benchmarks/step.py --networks resnet18 --profile
     python benchmarks/step.py --quick
 
-A step is `Trainer.step`, what `fit` runs: forward, loss, backward, optimizer, and what the method learns from the gradients; on random
-images that are on the device already. Candidates, timed in turns:
+A step is `Trainer.step`, what `fit` runs: forward, loss, backward, optimizer, and what the method
+learns from the gradients; on random images that are on the device already. Candidates, timed in
+turns:
 
 - plain: held against by all others
 - mwt: masks from generators, cohesion and coupling
-- composable, learning: gates close (the first half of a run), scores are taken in and gates set anew, here in every step, in training in
-  every eighth
-- composable, settled: gates are frozen (the second half); closed kernels are gone, and each image trains two roles
+- composable, learning: gates close (the first half of a run), scores are taken in and gates set
+  anew, here in every step, in training in every eighth
+- composable, settled: gates are frozen (the second half); closed kernels are gone, and each image
+  trains two roles
 - composable, settled, once: the same with `two_roles=False`, one role an image
 
-`composable, run` is the mean over a run: half its steps learn, half are settled. Gates of the settled candidates are random, with so
-much in common between classes that all ten open about the share of the kernels that they open after training (`open`; 52 to 58 % on CIFAR-10).
-With --compile the networks are compiled first. --profile prints what the time of each candidate goes to. Rows go to results/step.jsonl.
+`composable, run` is the mean over a run: half its steps learn, half are settled. Gates of the
+settled candidates are random, with so much in common between classes that all ten open about the
+share of the kernels that they open after training (`open`; 52 to 58 % on CIFAR-10). With
+--compile the networks are compiled first. --profile prints what the time of each candidate goes
+to. Rows go to results/step.jsonl.
 """
 from __future__ import annotations
 from collections.abc import Callable
@@ -34,21 +38,29 @@ from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer
 
 N_CLASSES, STEPS = 10, 10**9            # of a run that is caught in the middle
-CANDIDATES: dict[str, tuple[str | None, float, dict[str, Any]]] = {        # method, progress of the run, settings
-    'plain': (None, .3, {}), 'mwt': ('mwt', .3, {}), 'composable, learning': ('composable', .3, {}),
-    'composable, settled': ('composable', .7, {}), 'composable, settled, once': ('composable', .7, dict(two_roles=False))}
+CANDIDATES: dict[str, tuple[str | None, float, dict[str, Any]]] = { # method, progress, settings
+    'plain': (None, .3, {}),
+    'mwt': ('mwt', .3, {}),
+    'composable, learning': ('composable', .3, {}),
+    'composable, settled': ('composable', .7, {}),
+    'composable, settled, once': ('composable', .7, dict(two_roles=False))}
 
 
 @torch.no_grad()
 def close_gates(model: ModularModel) -> float: # share of the kernels that some class opens
     "Random gates with the target's share open."
     gates = model.masks.gates
-    scores = torch.exp(1.2 * torch.randn(gates.n_units) + 1.2 * torch.randn(N_CLASSES, gates.n_units)).to(gates.scores)
+    shared = torch.randn(gates.n_units)
+    own = torch.randn(N_CLASSES, gates.n_units)
+    scores = torch.exp(1.2 * shared + 1.2 * own).to(gates.scores)
     gates.gates.copy_(open_gates(scores, gates.kernels, gates.groups, model.method.target_krr))
     return ((gates.gates.amax(0) * gates.kernels).sum() / gates.kernels.sum()).item()
 
 
-def runs(name: str, a: Any) -> tuple[dict[str, Callable[[], Any]], float]: # a step of each candidate; share of kernels open when settled
+def runs(
+    name: str, # of the network
+    a: Any, # the options
+) -> tuple[dict[str, Callable[[], Any]], float]: # steps; share of kernels open when settled
     "Runs of one network, each caught in the middle."
     with seeded(0): images, labels = torch.randn(a.batch, 3, 32, 32), torch.randint(N_CLASSES, (a.batch,))
     images, labels, found, opened = images.to(a.device), labels.to(a.device), {}, 1.
@@ -74,30 +86,43 @@ def measure(name: str, a: Any) -> list[dict[str, Any]]:
     learning, settled = times['composable, learning'], times['composable, settled']
     times['composable, run'] = {k: (learning[k] + settled[k]) / 2 for k in learning}
     if a.profile:
-        for candidate, step in steps.items(): print(f'{name}, {candidate}', shares(step, a), sep='\n', flush=True)
-    return [dict(network=name, width=a.width, batch=a.batch, amp=a.amp, compiled=a.compile, candidate=candidate, **t,
-                 open=opened if 'settled' in candidate else None) for candidate, t in times.items()]
+        for candidate, step in steps.items():
+            print(f'{name}, {candidate}', shares(step, a), sep='\n', flush=True)
+    rows = []
+    for candidate, t in times.items():
+        share = opened if 'settled' in candidate else None
+        rows.append(dict(network=name, width=a.width, batch=a.batch, amp=a.amp, compiled=a.compile,
+                         candidate=candidate, **t, open=share))
+    return rows
 
 
 def shares(step: Callable[[], Any], a: Any) -> str:
     "What a step's time goes to."
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if a.device.type == 'cuda' else [])]) as prof:
+    activities = [ProfilerActivity.CPU]
+    if a.device.type == 'cuda': activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as prof:
         for _ in range(3): step()
-    return prof.key_averages().table(sort_by=f'self_{a.device.type}_time_total', row_limit=15, max_name_column_width=50)
+    return prof.key_averages().table(sort_by=f'self_{a.device.type}_time_total', row_limit=15,
+                                     max_name_column_width=50)
 
 
 def main() -> None:
     p = arguments(__doc__)
-    p.add_argument('--networks', nargs='+', choices=list(NETWORKS), default=None, help='left out: simcnn vgg16_bn resnet18 mobilenet')
+    p.add_argument('--networks', nargs='+', choices=list(NETWORKS), default=None,
+                   help='left out: simcnn vgg16_bn resnet18 mobilenet')
     p.add_argument('--width', type=float, default=None, help='of the networks; left out: 1, with --quick 0.1')
-    p.add_argument('--batch', type=int, default=None, help='images in a batch; left out: 32 on a CPU, 512 on CUDA, with --quick 8')
-    p.add_argument('--amp', choices=('auto', 'yes', 'no'), default='auto', help='bfloat16; auto: as fit, on CUDA only')
+    p.add_argument('--batch', type=int, default=None,
+                   help='images in a batch; left out: 32 on a CPU, 512 on CUDA, with --quick 8')
+    p.add_argument('--amp', choices=('auto', 'yes', 'no'), default='auto',
+                   help='bfloat16; auto: as fit, on CUDA only')
     p.add_argument('--compile', action='store_true', help='torch.compile')
     p.add_argument('--profile', action='store_true', help="print what each step's time goes to")
     a = parse(p)
     a.amp = a.device.type == 'cuda' if a.amp == 'auto' else a.amp == 'yes'
-    names = a.networks or (['simcnn', 'mobilenet'] if a.quick else ['simcnn', 'vgg16_bn', 'resnet18', 'mobilenet'])
-    a.width, a.batch = a.width or (.1 if a.quick else 1.), a.batch or (8 if a.quick else 512 if a.device.type == 'cuda' else 32)
+    usual = ['simcnn', 'mobilenet'] if a.quick else ['simcnn', 'vgg16_bn', 'resnet18', 'mobilenet']
+    names = a.networks or usual
+    a.width = a.width or (.1 if a.quick else 1.)
+    a.batch = a.batch or (8 if a.quick else 512 if a.device.type == 'cuda' else 32)
     a.rounds = 2 if a.quick else 50 if a.device.type == 'cuda' else 7
     keep('step', [row for name in names for row in measure(name, a)], a)
 

@@ -6,7 +6,7 @@
     mwt.fit(model, data, epochs=30)
     pets = mwt.extract(model, mwt.decompose(model, data.train), ['cat', 'dog'])
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

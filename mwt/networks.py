@@ -77,7 +77,8 @@ class SimCNN(nn.Module):
         self.head = nn.Linear(channels, num_classes)
         init_convs(self)
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(self.features(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
 
 # %% ../nbs/03_networks/01_networks.ipynb #40fcecfe
 class VGG16BN(nn.Module):
@@ -101,7 +102,8 @@ class VGG16BN(nn.Module):
         init_convs(self)
         if hidden is not None: _init_linears(self)
 
-    def forward(self, x: Tensor) -> Tensor: return self.classifier(self.features(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
 
 def _init_linears(model: nn.Module) -> None:
     "Weights of linear layers as the original VGG drew them, biases 0."
@@ -178,7 +180,8 @@ class ResNet18(nn.Module):
                                   nn.Linear(sizes[-1], num_classes))
         init_convs(self)
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(self.stages(self.stem(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)))
 
 # %% ../nbs/03_networks/01_networks.ipynb #37962891
 MOBILENET_V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),      # kernels, stride
@@ -212,7 +215,8 @@ class MobileNetV1(nn.Module):
         self.head = nn.Linear(channels, num_classes)
         init_convs(self)
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(self.pool(self.features(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.features(x)))
 
 # %% ../nbs/03_networks/01_networks.ipynb #3a02cd5f
 MOBILENET_V2 = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2),     # expansion, kernels,

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def call(name, *words):
     "Run a script of `benchmarks/`; what it printed. A failure shows the script's own message."
-    done = subprocess.run([sys.executable, str(ROOT/'benchmarks'/f'{name}.py'), *map(str, words)], capture_output=True, text=True, timeout=300)
+    script = [sys.executable, str(ROOT/'benchmarks'/f'{name}.py'), *map(str, words)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -17,23 +18,30 @@ def call(name, *words):
 def test_quality(tmp_path):
     images, results = unpack_sample(tmp_path), tmp_path/'quality.jsonl'
     methods = ['plain', 'composable', 'uniform', 'distilled', 'both', 'composable,full=0.5,weight_decay=0']
-    run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick', '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1',
+    run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick',
+           '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1',
            '--methods', *methods, '--device', 'cpu', '--results', results]
     for _ in range(2): call('quality', *run)                   # the second time there is nothing left to do
     plain, *modular = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [plain['method'], *(r['method'] for r in modular)] == methods and [r['weight_decay'] for r in modular] == 4 * [5e-4] + [0]
-    assert all(r['accuracy_10'] == r['full'] and 0 < r['params_2'] < r['params_5'] < r['params_10'] < 1 for r in modular)
+    assert [plain['method'], *(r['method'] for r in modular)] == methods
+    assert [r['weight_decay'] for r in modular] == 4 * [5e-4] + [0]
+    assert all(r['accuracy_10'] == r['full'] for r in modular)
+    assert all(0 < r['params_2'] < r['params_5'] < r['params_10'] < 1 for r in modular)
     said = call('quality', 'table', '--results', results)
-    assert said.count('\n') == 8 + 9 and said.count('| 0 | not run |') == 9, 'rows for a GPU stay until they are run'
+    assert said.count('\n') == 8 + 9
+    assert said.count('| 0 | not run |') == 9, 'rows for a GPU stay until they are run'
     assert '| simcnn:0.05 | 1 | 128 | composable | 1 |' in said
 
 
-@pytest.mark.parametrize('name', ['losses', 'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end'])
+@pytest.mark.parametrize('name', [
+    'losses', 'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end'])
 def test_speed(name, tmp_path):
-    "The short form of a speed benchmark writes rows that name the machine; those of another kind of device stay."
+    "The short form writes rows that name the machine; those of another kind of device stay."
     results = tmp_path/'rows.jsonl'
     results.write_text('{"kind": "cuda"}\n{"kind": "cpu"}\n')
-    data = ['--data', unpack_sample(tmp_path), '--root', tmp_path] if name in ('loading', 'end_to_end') else []
+    data = []
+    if name in ('loading', 'end_to_end'): data = ['--data', unpack_sample(tmp_path), '--root', tmp_path]
     call(name, '--quick', '--device', 'cpu', '--threads', '1', '--results', results, *data)
     other, *rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert other == dict(kind='cuda') and rows and all(r['kind'] == 'cpu' and r['quick'] and r['torch'] for r in rows)
+    assert other == dict(kind='cuda') and rows
+    assert all(r['kind'] == 'cpu' and r['quick'] and r['torch'] for r in rows)

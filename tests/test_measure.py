@@ -129,8 +129,8 @@ def test_confusion_from_any_source(images: tuple[Tensor, Tensor]) -> None:
     for batches in (resident, loader, list(loader)):
         assert confusion(net, batches).tolist() == expected
         assert evaluate(net, batches) == pytest.approx(9 / 12)
-    assert confusion(net, resident, ['a', 'b']).tolist() == [[3, 1], [1, 3]]     # neither looks like it: the first
-    assert confusion(net, loader, ['0', '1']).tolist() == [[3, 1], [1, 3]]     # neither looks like it: the first
+    assert confusion(net, resident, ['a', 'b']).tolist() == [[3, 1], [1, 3]] # neither: the first
+    assert confusion(net, loader, ['0', '1']).tolist() == [[3, 1], [1, 3]] # neither: the first
 
 
 def test_a_network_that_knows_some_classes_is_judged_on_those(images: tuple[Tensor, Tensor]) -> None:

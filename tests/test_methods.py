@@ -105,7 +105,7 @@ def test_files_give_back_what_was_saved(trained: Trained, tmp_path: Path) -> Non
     save_checkpoint(model, tmp_path/'model.safetensors')
     twin = modularize(create_model('simcnn', 10, 0.15, 1), 10, model.method)
     load_checkpoint(twin, tmp_path/'model.safetensors')
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values()))
+    for name, value in model.state_dict().items(): assert torch.equal(value, twin.state_dict()[name]), name
     again = load_parts(save_parts(parts, tmp_path/'parts.safetensors'))
     assert torch.equal(again.kept, parts.kept) and again.classes == parts.classes
     module = extract(twin, again, ['2', '5'])
@@ -176,7 +176,8 @@ def test_a_method_is_its_name_and_settings(method: str) -> None:
     made = make_method(method)
     assert made.name == method and make_method(**describe_method(made)) == made
     assert made.__doc__ and set(describe_method(made)) == {'method', *(f.name for f in fields(made))}
-    with pytest.raises(ValueError, match=f"method '{method}' has no setting 'no_such'"): make_method(method, no_such=1)
+    problem = f"method '{method}' has no setting 'no_such'"
+    with pytest.raises(ValueError, match=problem): make_method(method, no_such=1)
     with pytest.raises(ValueError, match='put them into it'): make_method(made, no_such=1)
 
 
@@ -196,7 +197,8 @@ def test_a_method_of_ones_own() -> None:
     @dataclass(frozen=True)
     class Twice(METHODS['composable'], name='twice-as-dense'): target_krr: float = .3
     try:
-        assert isinstance(make_method(Twice()), Method) and describe_method(Twice())['method'] == 'twice-as-dense'
+        assert isinstance(make_method(Twice()), Method)
+        assert describe_method(Twice())['method'] == 'twice-as-dense'
         model = modularize(create_model('simcnn', 10, .1), 10, 'twice-as-dense')
         assert model.method == Twice()
     finally: del METHODS['twice-as-dense']

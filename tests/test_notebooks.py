@@ -7,7 +7,9 @@ from run_notebook import differs
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
-SLOW = {'index.ipynb', 'tutorials', 'baselines'} # they train networks, for minutes
+# Notebooks, and folders of notebooks, that train networks for more than half a minute.
+SLOW = {'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
+        'tutorials/05_many_machines.ipynb', 'baselines'}
 
 
 def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in path.relative_to(NBS).parts)
@@ -15,7 +17,8 @@ def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in 
 
 def parameter(path: Path) -> object:
     name = path.relative_to(NBS)
-    return pytest.param(path, id=name.as_posix(), marks=[pytest.mark.slow] if name.parts[0] in SLOW else [])
+    slow = SLOW & {name.as_posix(), name.parts[0]}
+    return pytest.param(path, id=name.as_posix(), marks=[pytest.mark.slow] * bool(slow))
 
 
 NOTEBOOKS = sorted(filter(is_notebook, NBS.rglob('*.ipynb')))

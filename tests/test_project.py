@@ -151,7 +151,7 @@ def test_imports_point_backward(path: Path) -> None:
     face = place['all'] # what `import mwt` itself gives
     for cell in cells(path):
         for name in imported(source(cell)):
-            if name.startswith('__') or not name: continue # the version; the package itself imports no chapter
+            if name.startswith('__') or not name: continue # the version; the package itself
             known = name in place or name in PUBLIC
             assert known, f'{path.name} imports mwt.{name}, which no notebook exports'
             earlier = place.get(name, face) < position(path)

@@ -536,14 +536,17 @@ def combine(tracker: ChannelTracker, node: fx.Node, kind: str) -> Any:
 # %% ../../nbs/04_channels/03_rules.ipynb #ac663234
 @rule(*spellings('add', 'sub', 'subtract'))
 def add(tracker: ChannelTracker, node: fx.Node, layer: None) -> Any:
+    "A sum or a difference."
     return combine(tracker, node, 'sum')
 
 @rule(*spellings('mul', 'multiply'))
 def multiply(tracker: ChannelTracker, node: fx.Node, layer: None) -> Any:
+    "A product."
     return combine(tracker, node, 'product')
 
 @rule(*spellings('div', 'divide', 'truediv', 'true_divide'))
 def divide(tracker: ChannelTracker, node: fx.Node, layer: None) -> Any:
+    "A quotient."
     return combine(tracker, node, 'quotient')
 
 # %% ../../nbs/04_channels/03_rules.ipynb #1ba7c697

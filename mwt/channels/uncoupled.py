@@ -19,20 +19,29 @@ from .rules import NORMS, ChannelTracker
 __all__ = []
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #c7d8fe03
+def first_of(
+    ids: Tensor, # any shape
+    dim: int, # the dimension of the channels
+) -> Tensor: # (channels,)
+    "The numbers along one dimension."
+    return ids.movedim(dim, 0).flatten(1)[:, 0]
+
 class ActivationCut:
     "Follows what each activation of a network keeps."
     def __init__(self,
         model: nn.Module, # a plain network
         example: Tensor, # an input that it accepts
-        is_point: Callable[[fx.Node, nn.Module | None], bool], # may a mask stand behind this operation?
+        is_point: Callable[[fx.Node, nn.Module | None], bool], # may a mask stand behind it?
         stays: Tensor | None = None, # (numbers,) boolean, further channels that must stay
     ) -> None:
         self.model = model
         self.tracker = ChannelTracker(model, example).track()
         self.graph = self.tracker.graph
         self.root = self.tracker.groups.root
-        self.flows = {n: f for n, f in self.tracker.activations.items() if f is not None}
-        self.points = {n.name: n for n in self.graph.nodes if n in self.flows and is_point(n, self.layer(n))}
+        found = self.tracker.activations
+        self.flows = {n: f for n, f in found.items() if f is not None}
+        points = [n for n in self.flows if is_point(n, self.layer(n))]
+        self.points = {n.name: n for n in points}
         self.pinned = self.find_pinned()
         if stays is not None: self.pinned[self.root[stays]] = True
 
@@ -46,7 +55,8 @@ class ActivationCut:
     def roots(self, node: fx.Node) -> Tensor: # (roots,) boolean
         "The channels that an activation would have if none were dropped."
         found, flows = self.nothing(), self.flows[node]
-        for flow in flows if isinstance(flows, list) else [flows]: found[self.root[flow.ids].flatten()] = True
+        if not isinstance(flows, list): flows = [flows]
+        for flow in flows: found[self.root[flow.ids].flatten()] = True
         return found
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
@@ -58,7 +68,7 @@ class ActivationCut:
         ids = self.flows[node].ids
         dims = varying(ids)
         dim = dims[0] if dims else 1
-        return self.root[ids.movedim(dim, 0).flatten(1)[:, 0]]
+        return self.root[first_of(ids, dim)]
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #3f889bde
 @patch
@@ -68,7 +78,12 @@ def writes(self: ActivationCut, node: fx.Node) -> bool:
     if layer is not None: return layer.reads is not None and not self.grouped(node)
     if node not in self.flows: return False         # it is asked for its shape, or the like
     before = self.inputs(node)
-    return bool(before) and not any((self.roots(n) & self.roots(node)).any() for n in before)
+    return bool(before) and all(self.apart(n, node) for n in before)
+
+@patch
+def apart(self: ActivationCut, a: fx.Node, b: fx.Node) -> bool:
+    "Have two activations no channel in common?"
+    return not (self.roots(a) & self.roots(b)).any()
 
 @patch
 def grouped(self: ActivationCut, node: fx.Node) -> bool:
@@ -79,7 +94,7 @@ def grouped(self: ActivationCut, node: fx.Node) -> bool:
 def find_pinned(self: ActivationCut) -> Tensor: # (roots,) boolean
     "Channels that no mask may drop."
     pinned = self.nothing()
-    pinned[torch.tensor([int(self.root[i]) for i in self.tracker.groups.reasons()], dtype=torch.long)] = True
+    for number in self.tracker.groups.reasons(): pinned[self.root[number]] = True
     for name, layer in self.tracker.layers.items():
         if layer.calls == 1: continue           # a layer that runs twice cannot be cut in two ways
         for ids in (layer.reads, layer.writes):
@@ -93,7 +108,8 @@ def loses_zeros(self: ActivationCut, node: fx.Node) -> bool:
     if isinstance(layer, NORMS): return True
     if self.grouped(node) and layer.bias is not None: return True
     if isinstance(flow, list) or not flow.zeros_lost_at: return False
-    return not any(isinstance(f, Activation) and f.zeros_lost_at for f in (self.flows[n] for n in self.inputs(node)))
+    before = [self.flows[n] for n in self.inputs(node)]
+    return not any(isinstance(f, Activation) and f.zeros_lost_at for f in before)
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #bc737188
 @patch
@@ -109,7 +125,9 @@ def mask_of_roots(self: ActivationCut,
     return found
 
 @patch
-def alive(self: ActivationCut, masks: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]: # (roots,) boolean each
+def alive(self: ActivationCut,
+    masks: Mapping[fx.Node, Tensor], # from `mask_of_roots`
+) -> dict[fx.Node, Tensor]: # (roots,) boolean each
     "The channels that are not zero by a mask."
     found: dict[fx.Node, Tensor] = {}
     for node in self.graph.nodes:
@@ -122,7 +140,9 @@ def alive(self: ActivationCut, masks: Mapping[fx.Node, Tensor]) -> dict[fx.Node,
     return found
 
 @patch
-def wanted(self: ActivationCut, masks: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]: # (roots,) boolean each
+def wanted(self: ActivationCut,
+    masks: Mapping[fx.Node, Tensor], # from `mask_of_roots`
+) -> dict[fx.Node, Tensor]: # (roots,) boolean each
     "The channels that somebody reads."
     found: dict[fx.Node, Tensor] = {}
     for node in reversed(self.graph.nodes):
@@ -137,7 +157,7 @@ def asks_for(self: ActivationCut, user: fx.Node, node: fx.Node, wanted: Mapping[
     "What one reader wants of an activation."
     if user.op == 'output' or self.writes(user): return self.roots(node)
     if user not in self.flows: return self.nothing()        # it asks for the shape only
-    if not (self.roots(user) & self.roots(node)).any(): return self.roots(node)     # it is spread over others
+    if self.apart(user, node): return self.roots(node)      # it is spread over others
     asked = wanted[user] & self.roots(node)
     return asked & masks[user] if user in masks else asked
 
@@ -154,37 +174,42 @@ def align_(self: ActivationCut,
     "Gather channels: those wanted, in order, and zeros for those that are not there."
     if torch.equal(there, wanted) and not (wanted & ~valid).any(): return node
     [dim] = varying(flow.ids) or [1]
-    order = self.root[flow.ids.movedim(dim, 0).flatten(1)[:, 0]]
+    order = self.root[first_of(flow.ids, dim)]
     place = there[order].cumsum(0) - 1
     n = int(there[order].sum())
-    index = [int(place[i]) if valid[r] else n for i, r in enumerate(order.tolist()) if wanted[r]]
+    place = torch.where(valid[order], place, n)
+    index = place[wanted[order]].tolist()
     if n in index:
         pad = [0, 0] * (flow.ids.ndim - 1 - dim) + [0, 1]
         node = graph.call_function(F.pad, (node, pad))
-    return graph.call_function(operator.getitem, (node, (slice(None),) * dim + (index,)))
+    at = (slice(None),) * dim + (index,)
+    return graph.call_function(operator.getitem, (node, at))
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #1ba83676
 @patch
 def cut(self: ActivationCut,
-    masks: Mapping[str, Tensor], # point -> (channels,) boolean: what it keeps; points that are not named keep all
-) -> fx.GraphModule: # in eval mode; computes what the network computes with these masks behind its points
+    masks: Mapping[str, Tensor], # point -> (channels,) boolean: what it keeps; others keep all
+) -> fx.GraphModule: # in eval mode; computes what the network does with masks behind its points
     "A slim network."
     masks = self.mask_of_roots(masks)
     alive, wanted = self.alive(masks), self.wanted(masks)
-    net, graph, there, new = deepcopy(self.model), fx.Graph(), {}, {}
+    net, graph = deepcopy(self.model), fx.Graph()
+    there, new = {}, {}
     for node in self.graph.nodes:
-        if node in self.flows: there[node] = self.target(node, alive[node] & wanted[node], there)
-        aligned = {n: self.aligned(graph, n, node, new, there, alive) for n in node.all_input_nodes}
+        if node in self.flows:
+            present = alive[node] & wanted[node]
+            there[node] = self.target(node, present, there)
+        aligned = {}
+        for n in node.all_input_nodes: aligned[n] = self.aligned(graph, n, node, new, there, alive)
         new[node] = graph.node_copy(node, lambda n: aligned[n])
-        if node.op == 'call_module' and node.target in self.tracker.layers: self.slice_(net, node, there)
-        if node.op == 'get_attr' and node in self.flows and node.target in self.tracker.tensors:
-            self.slice_tensor_(net, node, there)
+        if node in self.flows: self.slice_(net, node, there)
     return fx.GraphModule(net, graph).eval()
 
 @patch
 def aligns(self: ActivationCut, node: fx.Node) -> bool:
     "Does this operation need its inputs in line with its result?"
-    return len(self.inputs(node)) > 1 or node.name in self.points or self.loses_zeros(node)
+    if node.name in self.points or self.loses_zeros(node): return True
+    return len(self.inputs(node)) > 1
 
 @patch
 def target(self: ActivationCut,
@@ -194,8 +219,10 @@ def target(self: ActivationCut,
 ) -> Tensor: # (roots,) boolean; one channel at least, since no layer can do without any
     "What will be in the result of an operation."
     before = self.inputs(node)
-    if before and not self.writes(node) and not self.aligns(node): return there[before[0]] & self.roots(node)
-    if not present.any(): present[self.roots(node).nonzero()[0]] = True
+    passes_on = before and not self.writes(node) and not self.aligns(node)
+    if passes_on: return there[before[0]] & self.roots(node)
+    first = self.roots(node).nonzero()[0]
+    if not present.any(): present[first] = True
     return present
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #5de595b1
@@ -212,14 +239,21 @@ def aligned(self: ActivationCut,
     flow = self.flows.get(source)
     passes = user not in self.flows or self.writes(user) or not self.aligns(user)
     if not isinstance(flow, Activation) or passes: return new[source]
-    if not (self.roots(user) & self.roots(source)).any(): return new[source]        # spread over other channels
+    if self.apart(user, source): return new[source]         # spread over other channels
     valid = there[source] & alive[source]
     if user.name in self.points: valid = valid & alive[user]
-    return self.align_(graph, new[source], flow, there[source], valid, there[user] & self.roots(source))
+    wanted = there[user] & self.roots(source)
+    return self.align_(graph, new[source], flow, there[source], valid, wanted)
 
 @patch
-def slice_(self: ActivationCut, net: nn.Module, node: fx.Node, there: Mapping[fx.Node, Tensor]) -> None:
-    "Cut the weights of a layer."
+def slice_(self: ActivationCut,
+    net: nn.Module, # a copy of the network; changed
+    node: fx.Node, # an operation
+    there: Mapping[fx.Node, Tensor], # operation -> (roots,) boolean, what is in its result
+) -> None:
+    "Cut the weights that an operation uses, if it uses any."
+    if node.op == 'get_attr': return self.slice_tensor_(net, node.target, there[node])
+    if node.op != 'call_module' or node.target not in self.tracker.layers: return
     layer = self.tracker.layers[node.target]
     [source] = self.inputs(node)
     inputs = there[node] if self.grouped(node) else there[source]
@@ -228,7 +262,8 @@ def slice_(self: ActivationCut, net: nn.Module, node: fx.Node, there: Mapping[fx
     _cut_layer(net.get_submodule(node.target), reads, writes)
 
 @patch
-def slice_tensor_(self: ActivationCut, net: nn.Module, node: fx.Node, there: Mapping[fx.Node, Tensor]) -> None:
+def slice_tensor_(self: ActivationCut, net: nn.Module, path: str, there: Tensor) -> None:
     "Cut a parameter that is used by itself."
-    keep = there[node][self.root[self.tracker.tensors[node.target]]]
-    if not keep.all(): _cut_tensor(net, node.target, keep)
+    if path not in self.tracker.tensors: return
+    keep = there[self.root[self.tracker.tensors[path]]]
+    if not keep.all(): _cut_tensor(net, path, keep)

@@ -27,14 +27,15 @@ def is_relu(
     layer: nn.Module | None, # the layer that it calls, if any
 ) -> bool:
     "Is this operation a ReLU, as a layer, a function or a method?"
-    return isinstance(layer, (nn.ReLU, nn.ReLU6)) or node.op != 'call_module' and node.target in RELU_FUNCTIONS
+    if layer is not None: return isinstance(layer, (nn.ReLU, nn.ReLU6))
+    return node.target in RELU_FUNCTIONS
 
 # %% ../../nbs/05_methods/07_activations.ipynb #1370b06d
 def traced_in_mode(
     net: nn.Module, # any traceable network
     training: bool, # the mode to trace it in
 ) -> fx.Graph:
-    "What a network does in one of its two modes. Raises `ValueError` for one that cannot be traced."
+    "What a network does in one of its modes. Raises `ValueError` for one that cannot be traced."
     modes = {m: m.training for m in net.modules()}
     try: return Tracer().trace(net.train(training))
     except (fx.proxy.TraceError, TypeError, RuntimeError) as e:
@@ -50,7 +51,8 @@ def with_points(
 ) -> fx.GraphModule: # shares all layers with `net`
     "Put a point behind each of some operations."
     used = {n.target for n in graph.nodes if n.op in ('call_module', 'get_attr')}
-    root = {t: _find(net, t) for t in used} | {f'point{i}': p for i, p in enumerate(points)}
+    root = {t: _find(net, t) for t in used}
+    root |= {f'point{i}': p for i, p in enumerate(points)}
     for i, node in enumerate(nodes):
         with graph.inserting_after(node): point = graph.call_module(f'point{i}', (node,))
         node.replace_all_uses_with(point, delete_user_cb=lambda user: user is not point)
@@ -77,31 +79,22 @@ class ActivationMasks(Masks):
         net: nn.Module, # not changed
         channels: ChannelMap, # of the network
         example: Tensor, # an input that the network accepts
-        is_point: Callable[[fx.Node, nn.Module | None], bool] = is_relu, # shall a point stand behind this operation?
+        is_point: Callable[[fx.Node, nn.Module | None], bool] = is_relu, # shall a point stand behind it?
     ) -> None:
         super().__init__()
         self.channels = channels
         self.is_point = is_point
-        self.fixed = left_alone(channels)
-        plan = ActivationCut(net, example, is_point, self.fixed)
-        free = {name: ~plan.pinned[plan.channels(node)] for name, node in plan.points.items()}
-        self.stays = {name: ~f for name, f in free.items()}     # (channels,) boolean, cannot be dropped
-        self.order = {name: plan.channels(node) for name, node in plan.points.items()}  # root of each channel
-        self.kernels = {name: len(f) for name, f in free.items()}
-        if not any(f.any() for f in free.values()):
-            raise ValueError(f'{type(net).__name__}: no layer is left to mask; no ReLU of it has channels that can be dropped')
+        self.left_alone = left_alone(channels)
+        plan = ActivationCut(net, example, is_point, self.left_alone)
+        points = plan.points.items()
+        self.order = {name: plan.channels(node) for name, node in points}               # roots
+        self.stays = {name: plan.pinned[root] for name, root in self.order.items()}     # boolean
+        self.kernels = {name: len(root) for name, root in self.order.items()}
+        if all(stays.all() for stays in self.stays.values()):
+            raise ValueError(f'{type(net).__name__}: no layer is left to mask; '
+                             'no ReLU of it has channels that can be dropped')
         self.points = {name: MaskPoint(nn.Identity()) for name in self.kernels}
         self.traces = {mode: self.trace(net, mode) for mode in (True, False)}
-
-    def trace(self, net: nn.Module, training: bool) -> fx.GraphModule:
-        "The network with points, in one of its modes. Raises `ValueError` where the modes differ in their points."
-        graph = traced_in_mode(net, training)
-        layers = dict(net.named_modules())
-        nodes = [n for n in graph.nodes if self.is_point(n, layers.get(n.target) if n.op == 'call_module' else None)]
-        if len(nodes) != len(self.points):
-            raise ValueError(f'{type(net).__name__} has {len(nodes)} activations in training and {len(self.points)} in use; '
-                             'this method needs the same in both modes (no side exits)')
-        return with_points(net, graph, nodes, list(self.points.values()))
 
     def run(self, net: nn.Module, x: Tensor, targets: Tensor | None = None) -> Any:
         if targets is not None: return super().run(net, x, targets)     # which refuses them
@@ -113,6 +106,20 @@ class ActivationMasks(Masks):
     def summary(self) -> str:
         return f', behind {len(self.kernels)} activations'
 
+# %% ../../nbs/05_methods/07_activations.ipynb #6eee6e0c
+@patch
+def trace(self: ActivationMasks, net: nn.Module, training: bool) -> fx.GraphModule:
+    "The network with points in one mode. Raises `ValueError` where the modes differ in points."
+    graph = traced_in_mode(net, training)
+    layers = dict(net.named_modules())
+    called = {n: layers.get(n.target) for n in graph.nodes if n.op == 'call_module'}
+    nodes = [n for n in graph.nodes if self.is_point(n, called.get(n))]
+    if len(nodes) != len(self.points):
+        name, points = type(net).__name__, len(self.points)
+        raise ValueError(f'{name} has {len(nodes)} activations in training and {points} in use; '
+                         'this method needs the same in both modes (no side exits)')
+    return with_points(net, graph, nodes, list(self.points.values()))
+
 # %% ../../nbs/05_methods/07_activations.ipynb #1f0cbe3b
 @patch
 def with_outputs(self: ActivationMasks, net: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
@@ -121,18 +128,22 @@ def with_outputs(self: ActivationMasks, net: nn.Module, x: Tensor) -> tuple[Any,
 
 @patch
 def with_masks(self: ActivationMasks, net: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
-    ones = {name: x.new_ones(1, k) for name, k in self.kernels.items()}
-    masks = {n: ones[n] if p.fixed is None else p.fixed[None] for n, p in self.points.items()}
-    return self.run(net, x), list(masks.values())
+    masks = []
+    for name, point in self.points.items():
+        if point.fixed is None: masks.append(x.new_ones(1, self.kernels[name]))
+        else: masks.append(point.fixed[None])
+    return self.run(net, x), masks
 
 @patch
 def hold(self: ActivationMasks, masks: Mapping[str, Tensor] | None) -> None:
-    "Let every image get these masks; channels that cannot be dropped stay, coupled ones stay together."
+    "Let every image get these masks; what cannot be dropped stays, coupled channels stay together."
     for name, point in self.points.items():
         point.fixed = None
         if masks is None: continue
-        mask = masks[name].float().cpu().masked_fill(self.stays[name], 1.)
-        point.fixed = together(mask, self.order[name]).to(self.device())
+        mask = masks[name].float().cpu()
+        mask = mask.masked_fill(self.stays[name], 1.)
+        mask = together(mask, self.order[name])
+        point.fixed = mask.to(self.device())
 
 def together(
     mask: Tensor, # (channels,), in [0, 1]
@@ -143,9 +154,10 @@ def together(
     return mask.new_zeros(len(sets)).scatter_reduce(0, at, mask, 'amax')[at]
 
 @patch
-def cut(self: ActivationMasks, net: nn.Module, keep: Mapping[str, Tensor], example: Tensor) -> nn.Module:
+def cut(self: ActivationMasks, net: nn.Module, keep: Mapping[str, Tensor],
+        example: Tensor) -> nn.Module:
     "A slim network in which each activation keeps its own channels."
-    return ActivationCut(net.eval(), example, self.is_point, self.fixed).cut(keep)
+    return ActivationCut(net.eval(), example, self.is_point, self.left_alone).cut(keep)
 
 @patch
 def device(self: ActivationMasks) -> torch.device:

@@ -26,7 +26,8 @@ def cross_entropy(
 ) -> tuple[Tensor, dict[str, Tensor]]: # the loss, and its parts for the log: detached scalars
     "Cross-entropy and accuracy of a batch."
     loss = F.cross_entropy(logits.float(), labels)
-    return loss, dict(cross_entropy=loss.detach(), train_accuracy=(logits.argmax(1) == labels).float().mean())
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return loss, dict(cross_entropy=loss.detach(), train_accuracy=accuracy)
 
 # %% ../../nbs/05_methods/03_base.ipynb #e3c93d62
 class Masks(nn.Module):
@@ -37,16 +38,16 @@ class Masks(nn.Module):
     def run(self,
         net: nn.Module, # the network that the masks hang on
         x: Tensor, # (batch, channels, height, width)
-        targets: Tensor | None = None, # (batch, classes) boolean, the classes each image may belong to
+        targets: Tensor | None = None, # (batch, classes) boolean, the classes an image may belong to
     ) -> Any: # what the network returns
-        "Run the network under its masks. Raises `ValueError` for targets where masks are not made of classes."
+        "Run the network. Raises `ValueError` for targets where masks are not made of classes."
         if targets is not None:
-            raise ValueError('targets: the masks of this method are made of each image, not of classes; '
-                             'leave targets out, or use extract')
+            raise ValueError('targets: the masks of this method are made of each image, not of '
+                             'classes; leave targets out, or use extract')
         return net(x)
 
     def with_masks(self, net: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
-        "What the network returns, and the masks that it used: (batch or 1, kernels) for each layer."
+        "What the network returns, and its masks: (batch or 1, kernels) for each layer."
         raise NotImplementedError
 
     def with_outputs(self, net: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
@@ -74,7 +75,7 @@ def cut(self: Masks,
 
 @patch
 def smaller(self: Masks, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]] | None:
-    "The model without kernels that no class uses, and where its weights come from; `None`: there is none."
+    "The model without kernels that no class uses, and the origin of its weights; or `None`."
     return None
 
 @patch
@@ -96,7 +97,7 @@ def summary(self: Masks) -> str:
 METHODS: dict[str, type[Method]] = {}      # by name; filled by subclassing
 
 class Method:
-    "What makes a network modular. Subclass it as a frozen dataclass; its name then works everywhere."
+    "What makes a network modular. Subclass it as a frozen dataclass; its name works everywhere."
     name: ClassVar[str] = ''                        # as users and files call it
     renamed: ClassVar[dict[str, str]] = {}          # settings that had another name once -> today's
 
@@ -125,7 +126,7 @@ def training_loss(self: Method,
     images: Tensor, # (batch, channels, height, width)
     labels: Tensor, # (batch,), integers from 0
     progress: float, # fraction of the run that is done, 0 to 1
-) -> tuple[Tensor, dict[str, Tensor]]: # the loss, a mean over the batch; what to log: detached scalars
+) -> tuple[Tensor, dict[str, Tensor]]: # the loss, a mean over the batch; detached scalars to log
     "The loss of a batch; cross-entropy unless a method says otherwise."
     return cross_entropy(model(images), labels)
 
@@ -156,16 +157,17 @@ def active(self: Method,
     images: Tensor, # (batch, channels, height, width)
 ) -> Tensor: # (batch, kernels) boolean, all layers side by side
     "Which kernels each image uses; by default, those whose mask is not zero."
-    return torch.cat([mask.expand(len(images), -1) > 0 for mask in model.with_masks(images)[1]], 1)
+    _, masks = model.with_masks(images)
+    return torch.cat([mask.expand(len(images), -1) > 0 for mask in masks], 1)
 
 # %% ../../nbs/05_methods/03_base.ipynb #1c781a0a
 STEP = 0.05     # how far the threshold falls at a time (MwT, section 3.3)
 
 @patch
 def select(self: Method,
-    frequency: Tensor, # (classes, kernels) of one layer: fraction of a class's images that use a kernel
+    frequency: Tensor, # (classes, kernels) of one layer: fraction of images that use a kernel
     threshold: float, # keep kernels at least as frequent, in (0, 1]
-) -> tuple[Tensor, Tensor]: # (classes, kernels) boolean; (classes,) the threshold that each class ended at
+) -> tuple[Tensor, Tensor]: # (classes, kernels) boolean; (classes,), where the threshold ended
     "The kernels of one layer that each class keeps: at least one (MwT, section 3.3)."
     limit = torch.full((len(frequency), 1), threshold, dtype=torch.float64)
     keep = frequency >= limit
@@ -181,10 +183,11 @@ def make_method(
     method: str | Method = 'composable', # a name of `METHODS`, or a ready-made method
     **settings: Any, # settings of the method that differ from its defaults
 ) -> Method:
-    "A method from its name. Raises `ValueError` for an unknown name, setting or a value out of range."
+    "A method from its name. Raises `ValueError` for an unknown name or setting, or a bad value."
     if isinstance(method, Method):
-        if settings: raise ValueError(f"settings {sorted(settings)} given beside a ready-made method; put them into it")
-        return method
+        if not settings: return method
+        raise ValueError(f"settings {sorted(settings)} given beside a ready-made method; "
+                         "put them into it")
     if isinstance(method, type): method = getattr(method, 'name', method)
     check_choice('method', method, list(METHODS))
     kind = METHODS[method]
@@ -192,7 +195,8 @@ def make_method(
     settings = {kind.renamed.get(k, k): v for k, v in settings.items()}
     for name in settings:
         if name in known: continue
-        raise ValueError(f"method {method!r} has no setting {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+        hint = nearest(name, known)
+        raise ValueError(f"method {method!r} has no setting {name!r}{hint} (known: {', '.join(known)})")
     return kind(**settings)
 
 def describe_method(

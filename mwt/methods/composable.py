@@ -60,10 +60,10 @@ class ClassGates(nn.Module):
         self.register_buffer('kernels', kernels.float(), persistent=False)
         self.register_buffer('groups', groups, persistent=False)
         self.learning = True                    # frozen gates need no gradient
-        self.mask: Tensor | None = None         # of the running step; its gradient is what gates learn from
+        self.mask: Tensor | None = None         # of the running step; gates learn from its gradient
 
     def forward(self, targets: Tensor | None = None) -> Tensor:
-        "The mask of each target set, (batch or 1, units + 1); the last one is 1, for kernels that stay."
+        "The mask of each target set, (batch or 1, units + 1); the last one is 1, for what stays."
         mask = F.pad(union(self.gates, targets), (0, 1), value=1.)
         watched = self.learning and self.training and targets is not None
         if watched and torch.is_grad_enabled(): self.mask = mask.requires_grad_()
@@ -76,7 +76,8 @@ class ClassGates(nn.Module):
     @property
     def krr(self) -> Tensor: # a scalar in [0, 1]
         "Kernel retention rate: the mean fraction of the kernels that a class opens."
-        return (self.gates * self.kernels).sum() / (len(self.gates) * self.kernels.sum())
+        opened = (self.gates * self.kernels).sum()
+        return opened / (len(self.gates) * self.kernels.sum())
 
 # %% ../../nbs/05_methods/09_composable.ipynb #703ad98a
 @patch
@@ -85,12 +86,12 @@ def observe(self: ClassGates,
     labels: Tensor, # (batch,), one for each row of the mask
     decay: float, # of the running mean, 0 to below 1
 ) -> None:
-    "Learn from the gradient of the step that has just run. The loss must be a mean over the rows of the mask."
+    "Learn from the gradient of the last step. Its loss must be a mean over the rows of the mask."
     squares = (self.mask.grad[:, :-1] * len(labels)).square().to(self.scores)
     squares = F.pad(squares, (0, 1), value=1.)                  # the last column counts the samples
     found = global_sum(class_sums(squares, labels, len(self.scores)))
     squares, counts = found.split([self.n_units, 1], 1)
-    weight = (1 - decay) * (counts > 0)                         # a class without a sample keeps its scores
+    weight = (1 - decay) * (counts > 0)             # a class without a sample keeps its scores
     self.scores.mul_(1 - weight).add_(squares.mul_(weight / counts.clamp_min(1)))
     self.mask = None
 
@@ -122,7 +123,8 @@ def open_gates(
     "Open the gates with the highest scores; of every group and class at least one."
     if fraction >= 1: return torch.ones_like(scores)
     where = groups.expand_as(scores)
-    best = torch.full_like(scores, -1).scatter_reduce(1, where, scores, 'amax')     # at most one group a unit
+    best = torch.full_like(scores, -1)              # there are at most as many groups as units
+    best = best.scatter_reduce(1, where, scores, 'amax')
     chosen = scores > score_threshold(scores, kernels, fraction)
     return (chosen | (scores >= best.gather(1, where))).to(scores.dtype)
 
@@ -140,24 +142,28 @@ def relative(self: ClassGates,
 @dataclass(frozen=True)
 class Composable(Method, name='composable'):
     "Class gates and random target sets: modules that work as they are cut."
-    target_krr: float = 0.15    # fraction of the kernels that a class's module keeps, above 0 and at most 1
+    target_krr: float = 0.15    # fraction of kernels that a class's module keeps, above 0, at most 1
     separation: float = 1.0     # how strongly classes avoid each other's kernels, at least 0
-    full_fraction: float = 0.3  # of the samples that train the full model at the end of the run; 1 at its start
+    full_fraction: float = 0.3  # of samples that train the full model at the end; 1 at the start
     close_from: float = 0.1     # fraction of the run after which gates begin to close, 0 to 1
-    closed_by: float = 0.5      # fraction of the run after which they are frozen, at least `close_from`
+    closed_by: float = 0.5      # fraction of the run after which they are frozen, from `close_from`
     decay: float = 0.995        # of the running mean of squared gradients, 0 to below 1
-    two_roles: bool = True      # with frozen gates each image trains the full model and a target set, not one of them
+    two_roles: bool = True      # with frozen gates each image trains full model and target set
     skip_first: bool = False    # leave the first convolution unmasked
-    renamed: ClassVar[dict[str, str]] = dict(full='full_fraction', start='close_from', end='closed_by',
-                                             memory='decay', twice='two_roles')
+    renamed: ClassVar[dict[str, str]] = dict(
+        full='full_fraction', start='close_from', end='closed_by', memory='decay', twice='two_roles')
 
     def __post_init__(self) -> None:
         check_range('target_krr', self.target_krr, 0, 1, open_low=True)
         check_range('separation', self.separation, 0)
-        for name in ('full_fraction', 'close_from', 'decay'): check_range(name, getattr(self, name), 0, 1)
+        check_range('full_fraction', self.full_fraction, 0, 1)
+        check_range('close_from', self.close_from, 0, 1)
+        check_range('decay', self.decay, 0, 1)
         check_range('closed_by', self.closed_by, self.close_from, 1)
-        if not isinstance(self.two_roles, bool): raise TypeError(f"two_roles must be True or False, not {self.two_roles!r}")
-        if self.decay == 1: raise ValueError(f"decay must be a number at least 0 and below 1, not {self.decay!r}")
+        if not isinstance(self.two_roles, bool):
+            raise TypeError(f"two_roles must be True or False, not {self.two_roles!r}")
+        if self.decay == 1:
+            raise ValueError(f"decay must be a number at least 0 and below 1, not {self.decay!r}")
 
 # %% ../../nbs/05_methods/09_composable.ipynb #570576bb
 @patch
@@ -165,7 +171,8 @@ def choose(self: Composable, channels: ChannelMap) -> ChannelMap:
     return coupled_masks(channels, self.skip_first)
 
 @patch
-def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: int, example: Tensor) -> Masks:
+def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: int,
+           example: Tensor) -> Masks:
     unit_of_channel, kernels, groups = number_units(channels)
     return SharedMasks(net, channels, unit_of_channel, ClassGates(n_classes, kernels, groups))
 
@@ -173,8 +180,9 @@ def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: in
 @torch.no_grad()
 def kernels_of_classes(self: Composable, model: nn.Module) -> Tensor: # (classes, kernels) boolean
     shared = model.masks
-    gates = F.pad(shared.gates.gates.cpu(), (0, 1), value=1.) > 0
-    return torch.cat([gates[:, shared.units_of(name)] for name in shared.kernels], 1)
+    gates = F.pad(shared.gates.gates.cpu(), (0, 1), value=1.)
+    kept = [gates[:, shared.units_of(name)] > 0 for name in shared.kernels]
+    return torch.cat(kept, 1)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #4e1a2d7a
 @patch
@@ -200,7 +208,7 @@ def targets(self: Composable,
 ) -> Tensor: # (batch, classes) boolean
     "Target sets for a batch of labels, the same in all processes."
     full = 1 - (1 - self.full_fraction) * progress
-    if self.two_roles and self.ready(progress): full = 0.       # the full model has a role of its own then
+    if self.two_roles and self.ready(progress): full = 0.       # it has a role of its own then
     return own_rows(draw_targets(global_rows(labels), n_classes, full))
 
 @patch
@@ -222,11 +230,12 @@ def training_loss(self: Composable, model: nn.Module, images: Tensor, labels: Te
 SET_EVERY = 8       # steps; scores change slowly, and to compare all of them takes time
 
 @patch
-def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress: float, step: int = 0) -> None:
+def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress: float,
+                   step: int = 0) -> None:
     "Learn from the gradient of a step, and set the gates from time to time."
     gates = model.masks.gates
     if gates.mask is None: return
     gates.observe(labels, self.decay)
     if step % SET_EVERY and not self.ready(progress): return
-    fraction = self.open_fraction(progress)
-    gates.gates.copy_(open_gates(gates.relative(self.separation), gates.kernels, gates.groups, fraction))
+    scores, fraction = gates.relative(self.separation), self.open_fraction(progress)
+    gates.gates.copy_(open_gates(scores, gates.kernels, gates.groups, fraction))

@@ -45,11 +45,11 @@ class LayerMasks(Masks):
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.norms = {i.name: i.norm for i in channels.infos if not i.reason}
-        self.kernels = {i.name: i.kernels for i in channels.infos if not i.reason}
+        masked = [i for i in channels.infos if not i.reason]
+        self.norms = {i.name: i.norm for i in masked}
+        self.kernels = {i.name: i.kernels for i in masked}
         self.points: dict[str, MaskPoint] = {}
-        for info in channels.infos:
-            if not info.reason: self.points[info.name] = self.place_(net, info, source(info))
+        for info in masked: self.points[info.name] = self.place_(net, info, source(info))
 
     def place_(self, net: nn.Module, info: LayerInfo, source: nn.Module) -> MaskPoint:
         "Put a point in the place of a layer and its norm."

@@ -30,7 +30,7 @@ def activity_losses(
     outputs: list[Tensor], # of each ReLU, (batch, kernels, height, width) or (batch, units)
     labels: Tensor, # (batch,), integers from 0
     n_classes: int, # classes
-) -> tuple[Tensor, Tensor, Tensor]: # affinity, dispersion in [0, 1]; compactness, at least 0: scalars
+) -> tuple[Tensor, Tensor, Tensor]: # scalars: affinity and dispersion in [0, 1]; compactness
     "The three regularizers of MODA (section 3), averaged over layers."
     activities = [unit_activity(y) for y in outputs]
     affinity, dispersion = mask_losses(activities, labels, n_classes)
@@ -44,13 +44,16 @@ class MODA(Method, name='moda'):
     affinity: float = 1.0       # weight of the affinity loss, at least 0 (paper)
     dispersion: float = 1.0     # weight of the dispersion loss, at least 0 (paper)
     compactness: float = 0.3    # weight of the compactness loss, at least 0 (paper)
-    floor: float = 0.005        # fraction of a layer's units that each class keeps at least, 0 to 1 (authors' code)
+    floor: float = 0.005        # of a layer's units, what a class keeps at least, 0 to 1 (authors' code)
 
     def __post_init__(self) -> None:
-        for name in ('affinity', 'dispersion', 'compactness'): check_range(name, getattr(self, name), 0)
+        check_range('affinity', self.affinity, 0)
+        check_range('dispersion', self.dispersion, 0)
+        check_range('compactness', self.compactness, 0)
         check_range('floor', self.floor, 0, 1)
 
-    def attach(self, net: nn.Module, channels: ChannelMap, n_classes: int, example: Tensor) -> Masks:
+    def attach(self, net: nn.Module, channels: ChannelMap, n_classes: int,
+               example: Tensor) -> Masks:
         "A point behind every ReLU."
         return ActivationMasks(net, channels, example)
 
@@ -70,8 +73,9 @@ class MODA(Method, name='moda'):
 @torch.no_grad()
 def active(self: MODA, model: nn.Module, images: Tensor) -> Tensor: # (batch, kernels) boolean
     "The units that answer each image with anything but zero."
-    outputs = model.with_outputs(images)[1]
-    return torch.cat([(y != 0).flatten(2).any(2) if y.ndim > 2 else y != 0 for y in outputs], 1)
+    _, outputs = model.with_outputs(images)
+    active = [y != 0 for y in outputs]
+    return torch.cat([a.reshape(*a.shape[:2], -1).any(2) for a in active], 1)
 
 @patch
 def select(self: MODA, frequency: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class ModularModel(nn.Module):
         self.head = channels.head
         self.n_classes = head_size(net.get_submodule(channels.head))
         self.input_shape: tuple[int, ...] = tuple(example.shape[1:])    # (channels, height, width)
-        self.classes = [str(i) for i in range(self.n_classes)]          # names; `fit` takes them from the data
+        self.classes = [str(i) for i in range(self.n_classes)]      # `fit` takes the data's names
         self.masks = method.attach(net, channels, self.n_classes, example)
 
     @property
@@ -51,7 +51,7 @@ class ModularModel(nn.Module):
 @patch
 def forward(self: ModularModel,
     x: Tensor, # (batch, channels, height, width)
-    targets: Tensor | None = None, # (batch, classes) boolean, the classes each image may belong to; `None`: all
+    targets: Tensor | None = None, # (batch, classes) boolean, may it be of this class? `None`: all
 ) -> Tensor: # logits (batch, classes)
     "Answer. Raises `ValueError` for targets where masks do not belong to classes."
     return logits_of(self.masks.run(self.net, x, targets))
@@ -59,7 +59,7 @@ def forward(self: ModularModel,
 @patch
 def with_masks(self: ModularModel,
     x: Tensor, # (batch, channels, height, width)
-) -> tuple[Tensor, list[Tensor]]: # logits (batch, classes); per masked layer, in running order, (batch or 1, kernels)
+) -> tuple[Tensor, list[Tensor]]: # logits (batch, classes); masks, (batch or 1, kernels) a layer
     "Run the model and return the masks that it used beside its answer."
     output, masks = self.masks.with_masks(self.net, x)
     return logits_of(output), masks
@@ -67,7 +67,7 @@ def with_masks(self: ModularModel,
 @patch
 def with_outputs(self: ModularModel,
     x: Tensor, # (batch, channels, height, width)
-) -> tuple[Tensor, list[Tensor]]: # logits (batch, classes); what passed each point: (batch, kernels, ...)
+) -> tuple[Tensor, list[Tensor]]: # logits (batch, classes); of each point (batch, kernels, ...)
     "Run the model and return what passed its mask points beside its answer."
     output, outputs = self.masks.with_outputs(self.net, x)
     return logits_of(output), outputs
@@ -78,7 +78,7 @@ def training_loss(self: ModularModel,
     images: Tensor, # (batch, channels, height, width)
     labels: Tensor, # (batch,), integers from 0
     progress: float = 0.0, # fraction of the run that is done, 0 to 1
-) -> tuple[Tensor, dict[str, Tensor]]: # the loss, a mean over the batch; what to log: detached scalars
+) -> tuple[Tensor, dict[str, Tensor]]: # the loss, a mean over the batch; detached scalars to log
     "The loss that this model's method asks for."
     return self.method.training_loss(self, images, labels, progress)
 
@@ -111,20 +111,25 @@ def upgrade(self: ModularModel, weights: Mapping[str, Tensor]) -> dict[str, Tens
 
 @patch
 def smaller(self: ModularModel) -> tuple[ModularModel, dict[str, Tensor]] | None:
-    "The model without kernels that no class uses, and where its weights come from; `None`: there is no smaller one."
+    "The model without kernels that no class uses, and the origin of its weights; or `None`."
     return self.masks.smaller(self)
 
 # %% ../../nbs/05_methods/04_modular.ipynb #cf671b0a
+def _check_masks(model: ModularModel, masks: Mapping[str, Tensor]) -> None:
+    for name, kernels in model.kernels.items():
+        if name not in masks:
+            raise ValueError(f"{name}: no mask given for this layer; give one of {kernels} values")
+        shape = tuple(masks[name].shape)
+        if shape == (kernels,): continue
+        raise ValueError(f"{name}: mask of shape {shape}, but the layer has {kernels} kernels")
+
 @contextmanager
 def fixed_masks(
     model: ModularModel, # a modular model
     masks: Mapping[str, Tensor], # masked layer -> (kernels,), boolean or in [0, 1]
 ) -> Iterator[None]:
-    "Inside the block every image gets the same given masks. Raises `ValueError` for a mask that does not fit."
-    for name, kernels in model.kernels.items():
-        if name not in masks: raise ValueError(f"{name}: no mask given for this layer; give one of {kernels} values")
-        shape = tuple(masks[name].shape)
-        if shape != (kernels,): raise ValueError(f"{name}: mask of shape {shape}, but the layer has {kernels} kernels")
+    "Inside the block every image gets the given masks. Raises `ValueError` for one that does not fit."
+    _check_masks(model, masks)
     model.masks.hold(masks)
     try: yield
     finally: model.masks.hold(None)
@@ -139,13 +144,14 @@ def plain(self: ModularModel) -> nn.Module: # a copy without masks
 def cut(self: ModularModel,
     keep: Mapping[str, Tensor], # masked layer -> (kernels,) boolean: the kernels to keep
 ) -> nn.Module: # the slim network in eval mode, with all outputs
-    "Cut kernels out of the network under the masks. Raises `ValueError` where a layer would be left without any."
+    "Cut kernels out. Raises `ValueError` where a layer would be left without any."
     return self.masks.cut(self.plain(), keep, self.example())
 
 @patch
 def example(self: ModularModel) -> Tensor: # (2, channels, height, width)
     "An input on the model's device, random but always the same."
-    x = torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *self.input_shape, generator=generator)
     return x.to(next(self.parameters()))
 
 # %% ../../nbs/05_methods/04_modular.ipynb #93046e29
@@ -164,7 +170,9 @@ def choose_layers(
 ) -> ChannelMap: # the same with more reasons
     "Which layers are left alone, and why."
     reasons = {channels.head: 'the head'} | dict.fromkeys(excluded, 'left out by filter_fn')
-    infos = [replace(i, reason=reasons.get(i.name, i.reason)) for i in channels.infos]
+    infos = []
+    for info in channels.infos:
+        infos.append(replace(info, reason=reasons.get(info.name, info.reason)))
     return method.choose(replace(channels, infos=infos))
 
 # %% ../../nbs/05_methods/04_modular.ipynb #009918c8
@@ -172,8 +180,8 @@ def modularize(
     model: nn.Module, # a plain network; not changed
     n_classes: int, # the classes it tells apart, at least 2
     method: str | Method = 'composable', # a name of `METHODS`, or a ready-made method
-    example_input: Tensor | None = None, # one batch as the network takes it; `None` tries the usual image sizes
-    filter_fn: Callable[[nn.Module, str], bool] | None = None, # layer and path -> may it have a mask? `None`: all may
+    example_input: Tensor | None = None, # one batch as the network takes it; `None` tries some sizes
+    filter_fn: Callable[[nn.Module, str], bool] | None = None, # layer, path -> may it have a mask?
     seed: int = 0, # of the masks' initial weights
     **settings: Any, # settings of the method, e.g. `target_krr=0.1`
 ) -> ModularModel: # a modular copy
@@ -181,7 +189,8 @@ def modularize(
     method = make_method(method, **settings)
     check_range('n_classes', n_classes, 2, integer=True)
     if mask_points(model) or isinstance(model, ModularModel):
-        raise ValueError(f"{type(model).__name__} is already modularized; take the masks off with plain(model)")
+        raise ValueError(f"{type(model).__name__} is already modularized; "
+                         "take the masks off with plain(model)")
     net = copy.deepcopy(model)
     example = find_example(net, example_input)
     channels = map_channels(net, example)
@@ -196,10 +205,11 @@ def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:
     raise ValueError(f"{channels.head}: answers for {size} classes, but n_classes is {n_classes}; "
                      "give the number that the network was made for")
 
-def _excluded(net: nn.Module, channels: ChannelMap, filter_fn: Callable[[nn.Module, str], bool] | None) -> set[str]:
+def _excluded(net: nn.Module, channels: ChannelMap, filter_fn: Callable | None) -> set[str]:
     "The layers that the user leaves out."
     if filter_fn is None: return set()
-    return {i.name for i in channels.infos if not filter_fn(net.get_submodule(i.name), i.name)}
+    names = [i.name for i in channels.infos]
+    return {name for name in names if not filter_fn(net.get_submodule(name), name)}
 
 # %% ../../nbs/05_methods/04_modular.ipynb #9a0491fd
 def mask_table(
@@ -216,7 +226,8 @@ def _layer_row(info: Any, numbers: Mapping[str, Any]) -> dict[str, Any]:
     "A row of the table."
     note = f'left alone: {info.reason}' if info.reason else ''
     number = numbers.get(info.name, '-')
-    return dict(layer=info.name, kernels=info.kernels, norm=info.norm or '-', mask=number, note=note)
+    row = dict(layer=info.name, kernels=info.kernels, norm=info.norm or '-')
+    return row | dict(mask=number, note=note)
 
 @patch
 def _repr_markdown_(self: ModularModel) -> str: return mask_table(self)._repr_markdown_()

@@ -22,7 +22,7 @@ class MaskGenerator(nn.Module):
     def __init__(self,
         in_channels: int, # channels of the layer's input
         kernels: int, # length of the mask
-        reduction: int = 2, # layers of 128 kernels and more get a hidden layer this many times smaller
+        reduction: int = 2, # from 128 kernels on, the hidden layer is this many times smaller
     ) -> None:
         super().__init__()
         check_range('reduction', reduction, 1, integer=True)
@@ -46,7 +46,7 @@ class MwT(Method, name='mwt'):
     "Modularizing while training, as published (Qi et al. 2024)."
     alpha: float = 0.5          # weight of the cohesion loss, at least 0 (paper)
     beta: float = 1.5           # weight of the coupling loss, at least 0 (paper)
-    reduction: int = 2          # the generators' hidden layer is so many times smaller, from 128 kernels on (paper)
+    reduction: int = 2          # hidden layers are so much smaller, from 128 kernels on (paper)
     skip_first: bool = True     # leave the first convolution unmasked (paper)
 
     def __post_init__(self) -> None:
@@ -58,12 +58,14 @@ class MwT(Method, name='mwt'):
         "Leave alone what cannot have a mask of its own."
         return own_masks(channels, self.skip_first)
 
-    def attach(self, net: nn.Module, channels: ChannelMap, n_classes: int, example: Tensor) -> Masks:
+    def attach(self, net: nn.Module, channels: ChannelMap, n_classes: int,
+               example: Tensor) -> Masks:
         "A mask generator for each convolution."
         def generator(info): return MaskGenerator(info.in_channels, info.kernels, self.reduction)
         return LayerMasks(net, channels, generator)
 
-    def penalty(self, masks: list[Tensor], labels: Tensor, n_classes: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalty(self, masks: list[Tensor], labels: Tensor,
+                n_classes: int) -> tuple[Tensor, dict[str, Tensor]]:
         "What is added to the cross-entropy; its two terms, unweighted, for the log."
         cohesion, coupling = mask_losses(masks, labels, n_classes)
         logged = dict(cohesion_loss=cohesion.detach(), coupling_loss=coupling.detach())

@@ -22,9 +22,9 @@ def binarize(
 class MaskPoint(nn.Module):
     "A layer (and the norm behind it) whose outputs can be masked, and heard."
     def __init__(self,
-        layer: nn.Module, # a convolution, linear layer or norm, as it was; `nn.Identity()` to mask what comes in
-        norm: nn.Module | None = None, # the norm that reads the layer's output, and nothing else does
-        source: nn.Module | None = None, # from the layer's input to a mask (batch or 1, kernels); `None`: no mask
+        layer: nn.Module, # a convolution, linear layer or norm; `nn.Identity()` to mask what comes in
+        norm: nn.Module | None = None, # the norm that alone reads the layer's output
+        source: nn.Module | None = None, # from the layer's input to (batch or 1, kernels)
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -32,7 +32,7 @@ class MaskPoint(nn.Module):
         self.source = source
         self.masks: list[Tensor] | None = None      # where to put the mask, when somebody wants it
         self.outputs: list[Tensor] | None = None    # where to put the output, likewise
-        self.register_buffer('fixed', None, persistent=False)   # (kernels,), one mask for all images
+        self.register_buffer('fixed', None, persistent=False)   # (kernels,), for all images
 
     @property
     def weight(self) -> Tensor: return self.layer.weight         # networks may ask for its type
@@ -49,7 +49,8 @@ class MaskPoint(nn.Module):
         y = self.layer(x)
         if self.norm is not None: y = self.norm(y)
         mask = self.mask(x)
-        if mask is not None: y = y * along_channels(mask.to(y.dtype), y, self.layer)
+        if mask is not None:
+            y = y * along_channels(mask.to(y.dtype), y, self.layer)
         if self.outputs is not None: self.outputs.append(y)
         return y
 
@@ -76,7 +77,7 @@ def mask_points(
 def recorded(
     points: Mapping[str, MaskPoint], # the points to listen to
     what: str = 'masks', # 'masks', (batch or 1, kernels) each, or 'outputs', as they are
-) -> Iterator[dict[str, list[Tensor]]]: # filled by each forward pass: name of the point -> what it recorded
+) -> Iterator[dict[str, list[Tensor]]]: # filled by each pass: name of the point -> what it recorded
     "Collect the masks, or the outputs, of some points inside the block."
     found: dict[str, list[Tensor]] = {name: [] for name in points}
     for name, point in points.items(): setattr(point, what, found[name])

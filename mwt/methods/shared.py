@@ -24,7 +24,7 @@ __all__ = []
 # %% ../../nbs/05_methods/06_shared.ipynb #514ac445
 def union(
     gates: Tensor, # (classes, units), 0 or 1
-    targets: Tensor | None = None, # (batch, classes) boolean; `None` means all classes, for every sample
+    targets: Tensor | None = None, # (batch, classes) boolean; `None`: all classes, for every sample
 ) -> Tensor: # (batch or 1, units), 0 or 1
     "The kernels that the classes of each target set use together."
     if targets is None: return gates.amax(0, keepdim=True)
@@ -35,9 +35,10 @@ def coupled_masks(
     channels: ChannelMap, # of the network
     skip_first: bool = False, # leave the first convolution alone
 ) -> ChannelMap: # the same with more reasons, and more channels that stay
-    "Leave alone what is coupled to a layer that is left alone. Raises `ValueError` where nothing is left."
+    "Leave alone what is coupled to a layer left alone. Raises `ValueError` where nothing is left."
     infos = list(channels.infos)
-    if skip_first and not infos[0].reason: infos[0] = replace(infos[0], reason='the first')
+    if skip_first and not infos[0].reason:
+        infos[0] = replace(infos[0], reason='the first')
     stays = channels.stays.clone()
     roots = {i.name: channels.root[channels.layers[i.name].writes] for i in infos}
     for info in infos:
@@ -50,7 +51,7 @@ def coupled_masks(
 # %% ../../nbs/05_methods/06_shared.ipynb #821843cb
 def number_units(
     channels: ChannelMap, # from `coupled_masks`
-) -> tuple[Tensor, Tensor, Tensor]: # (numbers,) unit of each channel number; (units,) kernels in each; (units,) group
+) -> tuple[Tensor, Tensor, Tensor]: # (numbers,) unit of each; (units,) kernels; (units,) group
     "Units of a network with shared masks."
     root = channels.root
     written = [root[channels.layers[i.name].writes] for i in channels.infos if not i.reason]
@@ -78,7 +79,7 @@ def _groups(
 class CurrentMask:
     "Holds the mask of the running forward pass, for all layers to read."
     def __init__(self) -> None:
-        self.mask: Tensor | None = None     # (batch or 1, units + 1); the last one is always 1, for kernels that stay
+        self.mask: Tensor | None = None     # (batch or 1, units + 1); the last one is always 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentMask:
         memo[id(self)] = CurrentMask()
@@ -135,14 +136,18 @@ class SharedMasks(Masks):
 @patch
 def run(self: SharedMasks, net: nn.Module, x: Tensor, targets: Tensor | None = None) -> Any:
     "Run the network with the kernels of some target sets, or of all classes."
-    self.current.mask = self.gates(targets) if self.fixed is None else self.fixed.to(x.device)[None]
+    if self.fixed is None: mask = self.gates(targets)
+    else: mask = self.fixed.to(x.device)[None]
+    self.current.mask = mask
     return net(x)
 
 @patch
 def with_masks(self: SharedMasks, net: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
-    output = self.run(net, x)
-    mask = self.current.mask
-    return output, [mask[:, self.units_of(name).to(x.device)] for name in self.kernels]
+    output, masks = self.run(net, x), []
+    for name in self.kernels:
+        units = self.units_of(name).to(x.device)
+        masks.append(self.current.mask[:, units])
+    return output, masks
 
 @patch
 def strip_(self: SharedMasks, net: nn.Module) -> nn.Module:
@@ -152,8 +157,13 @@ def strip_(self: SharedMasks, net: nn.Module) -> nn.Module:
 @patch
 def rows(self: SharedMasks) -> dict[str, Any]:
     seen: dict[tuple[int, ...], int] = {}
-    roots = {n: tuple(self.channels.root[self.channels.layers[n].writes].tolist()) for n in self.kernels}
-    return {name: seen.setdefault(key, len(seen) + 1) for name, key in roots.items()}
+    for name in self.kernels: seen.setdefault(self.roots_of(name), len(seen) + 1)
+    return {name: seen[self.roots_of(name)] for name in self.kernels}
+
+@patch
+def roots_of(self: SharedMasks, name: str) -> tuple[int, ...]:
+    "The sets of coupled channels that a layer writes."
+    return tuple(self.channels.root[self.channels.layers[name].writes].tolist())
 
 @patch
 def summary(self: SharedMasks) -> str: return f', {self.n_units:,} masks'
@@ -176,8 +186,9 @@ def masks_by_unit(
         own = units < shared.n_units
         clash = ~values[units].isnan() & (values[units] != mask) & own
         if clash.any():
-            raise ValueError(f"{name}: kernel {int(clash.nonzero()[0])} is coupled with kernels of other layers that "
-                             "were given another mask; give coupled layers the same one, as decompose does")
+            kernel = int(clash.nonzero()[0])
+            raise ValueError(f"{name}: kernel {kernel} is coupled with kernels of other layers that were "
+                             "given another mask; give coupled layers the same one, as decompose does")
         values[units[own]] = mask[own]
     return values
 
@@ -205,10 +216,12 @@ def without_closed_kernels(
     "The model without kernels that no class opens."
     shared = model.masks
     shared.release()
-    keep = open_units(shared.gates.opened().cpu(), shared.gates.groups.cpu(), multiple)
+    gates = shared.gates
+    keep = open_units(gates.opened().cpu(), gates.groups.cpu(), multiple)
     masks = {name: keep[shared.units_of(name)] for name in shared.kernels}
     slim = _copy_around(model)
-    slim.net = slice_channels_(model.plain(), shared.channels, masks).train(model.training)
+    slim.net = slice_channels_(model.plain(), shared.channels, masks)
+    slim.net.train(model.training)
     slim.masks.place_(slim.net, kept_channels(shared.channels, masks))
     return slim
 
@@ -225,14 +238,16 @@ def _copy_around(model: nn.Module) -> nn.Module:
 def weight_origins(
     model: nn.Module, # as it was given to `without_closed_kernels`
     multiple: int = 8, # likewise
-) -> dict[str, Tensor]: # weight of the smaller model -> where its elements stand in that of `model`, flattened
+) -> dict[str, Tensor]: # weight of the smaller model -> places in that of `model`, flattened
     "Where the weights of the smaller network come from."
     model.masks.release()
     numbers = _copy_around(model)
     numbers.net = copy.deepcopy(model.net).double()         # whole numbers up to 2**53
-    for t in numbers.net.state_dict().values(): t.copy_(torch.arange(t.numel()).view(t.shape))
+    for t in numbers.net.state_dict().values():
+        t.copy_(torch.arange(t.numel()).view(t.shape))
     small = without_closed_kernels(numbers, multiple).net
-    return {name: t.long().flatten() for name, t in small.state_dict(prefix='net.').items()}
+    weights = small.state_dict(prefix='net.')
+    return {name: t.long().flatten() for name, t in weights.items()}
 
 # %% ../../nbs/05_methods/06_shared.ipynb #596093f1
 @patch
@@ -249,4 +264,5 @@ def smaller(self: SharedMasks, model: nn.Module) -> tuple[nn.Module, dict[str, T
 @patch
 def upgrade(self: SharedMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Version 0.1.0 kept the gates beside the network."
-    return {f'masks.{k}' if k.startswith('gates.') else k: v for k, v in weights.items()}
+    def todays(name: str) -> str: return f'masks.{name}' if name.startswith('gates.') else name
+    return {todays(name): value for name, value in weights.items()}

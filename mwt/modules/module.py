@@ -21,7 +21,7 @@ from ..core.files import load_tensors, save_tensors
 from ..core.nets import device_of
 
 # %% auto #0
-__all__ = ['SlimModule', 'arguments_of', 'save_module', 'load_module']
+__all__ = ['SlimModule', 'save_module', 'load_module']
 
 # %% ../../nbs/08_modules/04_module.ipynb #f3d0dc36
 LAYERS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
@@ -248,6 +248,15 @@ def full(self: SlimModule) -> dict[str, int] | None:
     "Parameters and flops of the full model; `None` where there is no such model."
     return self.description.get('full')
 
+# %% ../../nbs/08_modules/04_module.ipynb #13259187
+def arguments_of(
+    step: Step, # to run next
+    results: Mapping[str, Any], # of the steps before
+) -> tuple[list[Any], dict[str, Any]]:
+    "The arguments of a step, decoded."
+    if step.reads is not None: return [results[name] for name in step.reads], {}
+    return decode(step.args, results), {k: decode(v, results) for k, v in step.kwargs.items()}
+
 # %% ../../nbs/08_modules/04_module.ipynb #7347bc11
 def _find(module: nn.Module, path: str) -> Any:
     "The layer or tensor at a dotted path; the short way, since every step asks."
@@ -268,7 +277,7 @@ def run_step(
     if step.kind == 'method': return getattr(args[0], step.target)(*args[1:], **kwargs)
     return getattr(args[0], step.target)        # an attribute
 
-# %% ../../nbs/08_modules/04_module.ipynb #2d733987
+# %% ../../nbs/08_modules/04_module.ipynb #23fb267b
 @patch
 def forward(self: SlimModule,
     x: Tensor, # (batch, channels, height, width)
@@ -284,14 +293,6 @@ def forward(self: SlimModule,
         results[step.name] = run_step(self, step, args, kwargs)
         for name in step.done: results.pop(name, None)
     raise ValueError('the description of this module has no output')
-
-def arguments_of(
-    step: Step, # to run next
-    results: Mapping[str, Any], # of the steps before
-) -> tuple[list[Any], dict[str, Any]]:
-    "The arguments of a step, decoded."
-    if step.reads is not None: return [results[name] for name in step.reads], {}
-    return decode(step.args, results), {k: decode(v, results) for k, v in step.kwargs.items()}
 
 # %% ../../nbs/08_modules/04_module.ipynb #b9e45722
 def as_module(
