@@ -18,7 +18,7 @@ from .rules import NORMS, ChannelTracker
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/04_channels/06_uncoupled.ipynb #c7d8fe03
+# %% ../../nbs/04_channels/06_uncoupled.ipynb #30003f59
 def first_of(
     ids: Tensor, # any shape
     dim: int, # the dimension of the channels
@@ -26,6 +26,7 @@ def first_of(
     "The numbers along one dimension."
     return ids.movedim(dim, 0).flatten(1)[:, 0]
 
+# %% ../../nbs/04_channels/06_uncoupled.ipynb #c7d8fe03
 class ActivationCut:
     "Follows what each activation of a network keeps."
     def __init__(self,
