@@ -140,6 +140,7 @@ def alive(self: ActivationCut,
         if node in masks: found[node] &= masks[node]
     return found
 
+# %% ../../nbs/04_channels/06_uncoupled.ipynb #b7641348
 @patch
 def wanted(self: ActivationCut,
     masks: Mapping[fx.Node, Tensor], # from `mask_of_roots`
