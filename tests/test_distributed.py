@@ -172,8 +172,13 @@ def test_log_of_a_step_is_of_its_own_process(kind: str, found: Found) -> None:
         assert torch.allclose(mean, value, atol=1e-5), name
 
 
-# Claim -> how far two processes may be from one; `None`: after a whole run rounding has grown.
-CLAIMS = dict(gradients=1e-5, weights=1e-5, confusion=0., parts=1e-5, double=1e-8, run=None)
+# Claim -> how far two processes may be from one; `None`: after a whole run rounding has grown. Gradients in
+# single precision are compared by the largest of their layer: already in one process they are 1e-5 of it away
+# from those in double precision. That nothing but rounding differs is proved in double precision.
+CLAIMS = dict(gradients=3e-5, weights=1e-5, confusion=0., parts=1e-5, double=1e-8, run=None)
+
+# The loss of this method rounds to single precision; without that it differs by 1e-13.
+ROUNDED = {('moda', 'double'): 1e-6}
 
 def skip_parts_of_plain(kind: str, claim: str) -> None:
     if kind == PLAIN and claim == 'parts': pytest.skip('a plain network has no parts')
@@ -195,8 +200,9 @@ def test_two_processes_are_as_one(kind: str, claim: str, found: Found) -> None:
     alone, first, _ = (evidence[claim] for evidence in found(kind))
     assert alone and alone.keys() == first.keys()
     for name, value in alone.items():
-        close = torch.allclose(first[name].double(), value.double(), atol=CLAIMS[claim], rtol=1e-5)
-        assert close, name
+        limit = ROUNDED.get((kind, claim), CLAIMS[claim])
+        if claim == 'gradients': limit *= max(1., value.abs().max().item())
+        assert torch.allclose(first[name].double(), value.double(), atol=limit, rtol=1e-5), name
 
 
 # The command line
