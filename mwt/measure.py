@@ -40,6 +40,7 @@ def found_batches(
 ) -> Batches | LoaderBatches: # a loader's on the network's device
     "What a network is judged on. Raises `TypeError` or `ValueError` for what cannot be used."
     if isinstance(batches, Batches): return batches
+    if isinstance(batches, LoaderBatches): return batches.to(device_of(model))
     return as_batches(batches, device=device_of(model), n_classes=n_outputs(model))
 
 # %% ../nbs/06_measure/01_measure.ipynb #714b6fd1

@@ -270,3 +270,37 @@ def test_modules_of_version_0_1_0(method: str) -> None:
     assert torch.allclose(logits, torch.tensor(answers['module']), rtol=0, atol=1e-5)
     one = load_module(OLD/method/'modules'/'1.safetensors')
     assert one.classes == ['1'] and compose([module, one])(x).shape == (4, 3)
+
+
+# What channels are followed through can be stored
+
+class Spelled(nn.Module):
+    "A small network that writes its operations in unusual ways."
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.softsign, self.pool, self.head = nn.Softsign(), nn.LPPool2d(2, 2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.spelling == 'relu_': x = torch.relu_(x)
+        elif self.spelling == 'celu': x = torch.celu(x)
+        elif self.spelling == 'clip': x = x.clip(min=0)
+        elif self.spelling == 'max_pool2d': x = torch.max_pool2d(x, 2)
+        elif self.spelling == 'dropout': x = torch.dropout(x, .5, False)
+        elif self.spelling == 'multiply': x = torch.multiply(x, 2.)
+        elif self.spelling == 'softsign': x = self.softsign(x)
+        elif self.spelling == 'lp_pool': x = self.pool(x)
+        return self.head(torch.tanh_(self.b(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize('spelling', ['relu_', 'celu', 'clip', 'max_pool2d', 'dropout', 'multiply',
+                                      'softsign', 'lp_pool'])
+def test_a_followed_spelling_is_cut_and_stored(spelling: str, tmp_path: Path) -> None:
+    model = modularize(Spelled(spelling).eval(), 4, example_input=torch.zeros(2, 3, 8, 8)).eval()
+    module = extract(model, random_parts(model, .5), [0, 2])
+    assert module.a.out_channels < 8
+    again = load_module(save_module(module, tmp_path/'module.safetensors'))
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad(): assert torch.equal(again(x), module(x))

@@ -375,9 +375,14 @@ def show(self: Batches,
     names = [self.classes[label] for label in labels.tolist()]
     return _draw(images.cpu(), names, columns, ax)
 
+# %% ../../nbs/02_data/05_batches.ipynb #cf9527a1
+class SplitData:
+    "Training, validation and perhaps test batches of one set of classes; what all such data can say."
+    train: Any # learned from; speaks for the other splits, which are alike
+
 # %% ../../nbs/02_data/05_batches.ipynb #ef3567e7
 @dataclass(eq=False, repr=False)
-class ImageData:
+class ImageData(SplitData):
     "Training, validation and test batches of one set of classes."
     train: Batches # shuffled and augmented
     valid: Batches # held out of the training samples, for choosing
@@ -395,32 +400,32 @@ class ImageData:
 
 # %% ../../nbs/02_data/05_batches.ipynb #68fecfa1
 @patch(as_prop=True)
-def classes(self: ImageData) -> list[str]:
+def classes(self: SplitData) -> list[str]:
     "Class names, in the order of their labels."
     return self.train.classes
 
 @patch(as_prop=True)
-def n_classes(self: ImageData) -> int:
+def n_classes(self: SplitData) -> int:
     "How many classes there are."
     return len(self.classes)
 
 @patch(as_prop=True)
-def shape(self: ImageData) -> tuple[int, int, int]:
+def shape(self: SplitData) -> tuple[int, int, int]:
     "Channels, height and width of an image: what a network takes in."
     return self.train.shape
 
 @patch(as_prop=True)
-def channels(self: ImageData) -> int:
+def channels(self: SplitData) -> int:
     "1 for grey images, 3 for colour."
     return self.shape[0]
 
 @patch(as_prop=True)
-def size(self: ImageData) -> tuple[int, int]:
+def size(self: SplitData) -> tuple[int, int]:
     "Height and width of an image, in pixels."
     return self.shape[1:]
 
 @patch(as_prop=True)
-def device(self: ImageData) -> torch.device:
+def device(self: SplitData) -> torch.device:
     "Where the batches are."
     return self.train.device
 

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.checks import check_range, resolve_device
-from .batches import Batches, ImageData, _check_classes
+from .batches import Batches, ImageData, SplitData, _check_classes
 from .labels import check_labels, class_indices
 
 # %% auto #0
@@ -250,7 +250,7 @@ def as_batches(
 
 # %% ../../nbs/02_data/07_loaders.ipynb #1fe3dc4b
 @dataclass(eq=False)
-class LoaderData:
+class LoaderData(SplitData):
     "Splits of one set of classes, each a loader's batches."
     train: Batches | LoaderBatches # for learning
     valid: Batches | LoaderBatches # for choosing
@@ -260,37 +260,6 @@ class LoaderData:
         "Those that there are, by name."
         found = dict(train=self.train, valid=self.valid, test=self.test)
         return {name: batches for name, batches in found.items() if batches is not None}
-
-# %% ../../nbs/02_data/07_loaders.ipynb #b2117c0a
-@patch(as_prop=True)
-def classes(self: LoaderData) -> list[str]:
-    "Class names, in the order of their labels."
-    return self.train.classes
-
-@patch(as_prop=True)
-def n_classes(self: LoaderData) -> int:
-    "How many classes there are."
-    return len(self.classes)
-
-@patch(as_prop=True)
-def shape(self: LoaderData) -> tuple[int, int, int]:
-    "Channels, height and width of an image: what a network takes in."
-    return self.train.shape
-
-@patch(as_prop=True)
-def channels(self: LoaderData) -> int:
-    "1 for grey images, 3 for colour."
-    return self.shape[0]
-
-@patch(as_prop=True)
-def size(self: LoaderData) -> tuple[int, int]:
-    "Height and width of an image, in pixels."
-    return self.shape[1:]
-
-@patch(as_prop=True)
-def device(self: LoaderData) -> torch.device:
-    "Where the batches are."
-    return self.train.device
 
 # %% ../../nbs/02_data/07_loaders.ipynb #8384ee5b
 @patch

@@ -20,10 +20,10 @@ __all__ = ['MODA']
 # %% ../../nbs/05_methods/10_moda.ipynb #f827c36f
 def unit_activity(
     output: Tensor, # (batch, kernels, height, width) or (batch, units), what a ReLU answered
-) -> Tensor: # (batch, kernels) float32, at least 0
+) -> Tensor: # (batch, kernels), at least float32 and at least 0
     "How active each unit is for each image (MODA, section 3)."
-    output = output.float().abs()
-    return output if output.ndim == 2 else output.flatten(2).mean(2)
+    output = output.to(torch.promote_types(output.dtype, torch.float32))    # also inside autocast
+    return output if output.ndim == 2 else output.sum((2, 3)) / output[0, 0].numel()
 
 # %% ../../nbs/05_methods/10_moda.ipynb #1a0addc3
 def activity_losses(

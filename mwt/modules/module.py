@@ -6,7 +6,7 @@
 from __future__ import annotations
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import stochastic_depth
-from ..channels.trace import trace
 from ..core.files import load_tensors, save_tensors
 from ..core.nets import device_of
+from ..channels.rules import RULES
+from ..channels.trace import trace
 
 # %% auto #0
 __all__ = ['SlimModule', 'save_module', 'load_module']
@@ -32,6 +33,9 @@ LAYERS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
     nn.LogSoftmax, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
     nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle, nn.ChannelShuffle)}
 
+for kind in RULES:      # whatever channels are followed through can be stored
+    if isinstance(kind, type) and getattr(nn, kind.__name__, None) is kind: LAYERS[kind.__name__] = kind
+
 # %% ../../nbs/08_modules/04_module.ipynb #97c95455
 def _named(
     prefix: str, # what files call the place
@@ -41,7 +45,19 @@ def _named(
     "Functions under the names that files use."
     return {f'{prefix}.{name}': getattr(place, name) for name in names.split()}
 
+def _followed(
+    prefix: str, # what files call the place
+    place: Any, # where the functions are
+) -> dict[str, Callable]:
+    "The functions of a place that channels are followed through, under the names that files use."
+    found = {}
+    for name, function in vars(place).items():
+        listed = isinstance(function, Hashable) and function in RULES
+        if listed and callable(function) and name[0] != '_': found[f'{prefix}.{name}'] = function
+    return found
+
 FUNCTIONS: dict[str, Callable] = {
+    **_followed('operator', operator), **_followed('torch', torch), **_followed('F', F),
     **_named('operator', operator,
              'add iadd sub isub mul imul truediv floordiv mod neg pow getitem'),
     **_named('torch', torch,
@@ -59,7 +75,7 @@ METHOD_NAMES: frozenset[str] = frozenset((
     'add add_ sub sub_ mul mul_ div div_ view reshape flatten permute transpose contiguous '
     'squeeze unsqueeze chunk split mean sum amax size dim relu relu_ sigmoid sigmoid_ tanh '
     'softmax clamp clamp_ expand expand_as pow sqrt exp abs neg square clone movedim swapaxes '
-    'unbind float').split())
+    'unbind float').split()) | {name for name in RULES if isinstance(name, str)}
 
 ATTRIBUTES = ('shape', 'ndim')          # of a tensor
 

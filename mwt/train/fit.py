@@ -20,9 +20,9 @@ from ..core.nets import evaluating, logits_of, memory_format
 from ..core.processes import global_sum, rank_and_size
 from ..data.batches import ImageData
 from ..data.loaders import as_image_data
-from ..channels.trace import find_example, input_channels
+from ..channels.trace import input_channels
 from ..methods.base import METHODS, describe_method, make_method
-from ..measure import check_channels, evaluate
+from ..measure import check_channels, evaluate, n_outputs
 from .checkpoint import ask, misfit, save_checkpoint
 from .history import History, TrainConfig, make_config
 from .trainer import Trainer, prefixed, those_of, train_epoch
@@ -86,14 +86,6 @@ def own_share(
     return data if n == 1 else data.shard(rank, n)
 
 # %% ../../nbs/07_train/04_fit.ipynb #ffe01213
-def n_outputs(
-    model: nn.Module, # any network
-) -> int | None: # `None` for one that takes no images of a usual size
-    "How many classes a network tells apart."
-    try: example = find_example(model)
-    except ValueError: return None
-    with evaluating(model): return logits_of(model(example)).shape[1]
-
 def found_data(
     data: Any, # as given to `fit`
     device: str | torch.device | None, # likewise
