@@ -8,7 +8,7 @@ STAMP  := .venv/.installed
 help:
 	@echo "make demo     train, decompose and reuse a small modular network (about a minute)"
 	@echo "make test     the tests, the chapters' notebooks and the documentation site"
-	@echo "make test-all the same, and what takes long: notebooks that train"
+	@echo "make test-all the same, what takes long (notebooks that train, full depth), and coverage"
 	@echo "make docs     build the documentation site into _docs/html"
 	@echo "make prepare  after editing notebooks: export, clean, README"
 	@echo "make clean    remove what was built"
@@ -27,7 +27,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "" --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 docs: $(STAMP)
 	$(BIN)/python docs/build.py

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 import torch
-import torchvision
 from torch import Tensor, nn
 from .core.checks import check_choice, check_range, seeded
 
@@ -226,11 +225,12 @@ def mobilenet(
     num_classes: int = 10, # outputs
     width: float = 1.0, # multiplier of all kernel numbers
     in_channels: int = 3, # channels of the images
-) -> torchvision.models.MobileNetV2: # random weights
+) -> nn.Module: # torchvision's `MobileNetV2`, random weights
     "MobileNetV2 for small images: 52 convolutions, 17 of them depthwise."
     check_range('width', width, 0, 8, open_low=True)
+    from torchvision.models import MobileNetV2      # takes seconds to import
     blocks = [list(block) for block in MOBILENET_V2]
-    model = torchvision.models.MobileNetV2(num_classes, width, inverted_residual_setting=blocks)
+    model = MobileNetV2(num_classes, width, inverted_residual_setting=blocks)
     stem = model.features[0]
     stem[0] = nn.Conv2d(in_channels, stem[0].out_channels, 3, padding=1, bias=False)
     return init_convs(model)
@@ -279,7 +279,7 @@ def _from_torchvision(name: str, num_classes: int, width: float, in_channels: in
     if width != 1 or in_channels != 3:
         raise ValueError(f"{name} has width 1 and takes 3 channels, not width {width} "
                          f"and {in_channels} channels; use one of {', '.join(NETWORKS)}")
-    models = torchvision.models
+    from torchvision import models      # takes seconds to import
     short = name.removeprefix('torchvision/')
     check_choice('model', name, [f'torchvision/{m}' for m in models.list_models(module=models)])
     return models.get_model(short, weights=None, num_classes=num_classes)

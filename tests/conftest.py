@@ -1,4 +1,4 @@
-"What all tests share: this checkout's package, one thread and little memory a process, coverage."
+"What all tests share: this checkout's package, one thread and little memory a process."
 from __future__ import annotations
 import ctypes, gc, os, resource, subprocess
 from pathlib import Path
@@ -17,22 +17,17 @@ os.environ['MPLBACKEND'] = 'agg'
 # A test that needs more fails with an error that says so; without a limit the machine kills some process, and
 # the run ends without a word. CUDA maps more than it uses, so there is no limit where there is a GPU.
 MEMORY = 2 << 30 # bytes a process, and each process that a test starts
-ALL = ('', 'not slow') # choices of marks that are whole runs
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    "Limit the memory; a part of the tests need not cover the whole package."
+    "Limit the memory."
     if not Path('/dev/nvidia0').exists(): resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    chosen = config.args_source is not config.ArgsSource.TESTPATHS
-    option, cov = config.option, config.pluginmanager.get_plugin('_cov')
-    partial = chosen or option.keyword or option.lf or option.collectonly or option.markexpr not in ALL
-    if cov and partial: cov.options.cov_fail_under = 0
 
 
 # Files whose tests share nothing expensive; of all others the tests stay in one process, so that their
 # fixtures are made once.
 SPREAD = {'test_notebooks.py', 'test_channels.py', 'test_losses.py'}
 
+@pytest.hookimpl(tryfirst=True)         # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name not in SPREAD: item.add_marker(pytest.mark.xdist_group(item.path.name))

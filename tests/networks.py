@@ -3,26 +3,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 import torch
-import torchvision
+from shallow import MAKERS
 from torch import nn
 from mwt.methods.modular import ModularModel, fixed_masks
 from mwt.modules.parts import Parts
 from mwt.networks import create_model
 
-def vgg11_bn() -> nn.Module:
-    "The network of torchvision with a narrow classifier; its own one has 120 million weights."
-    vgg = torchvision.models.vgg
-    features = vgg.make_layers(vgg.cfgs['A'], batch_norm=True)
-    with torch.device('meta'): net = vgg.VGG(features, num_classes=10, init_weights=False)
-    net.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 64), nn.ReLU(), nn.Dropout(),
-                                   nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10))
-    return net
-
-
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    **{n: partial(create_model, n, width=0.25) for n in ('simcnn', 'rescnn', 'vgg16_bn', 'resnet18')},
-    'torchvision/vgg11_bn': vgg11_bn,
-    'torchvision/resnet18': lambda: torchvision.models.resnet18(weights=None, num_classes=10)}
+    **{n: partial(create_model, n, width=0.125) for n in ('simcnn', 'rescnn', 'vgg16_bn', 'resnet18')},
+    **{f'torchvision/{n}': MAKERS[n] for n in ('vgg11_bn', 'resnet18')}}
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ the book where nothing is trained; elsewhere they depend on the machine, since t
 cell that shows timings or the like says so with `#| varies`: it is not compared at all.
 """
 from __future__ import annotations
-import re, sys
+import os, re, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 EXACT = {'01_core', '02_data', '03_networks', '04_channels', '05_methods'} # parts whose numbers are compared
 NUMBER = re.compile(r'(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?')
 SET_ASIDE = [ # pattern, what stands for it
@@ -83,6 +84,16 @@ def main(path: Path) -> int:
     if not stale or torch.cuda.is_available(): return 0 # outputs are stored from a CPU
     print(f'{len(stale)} cells have stale outputs; run the notebook and save it\n', *stale, sep='\n')
     return 1
+
+
+def say_into(name: str, path: Path) -> None:
+    "`main` in a process of its own that says everything into a file, whatever it starts."
+    with open(name, 'w') as said:
+        for stream in (1, 2): os.dup2(said.fileno(), stream)
+    os.chdir(ROOT)
+    status = main(path)
+    sys.stdout.flush()
+    sys.exit(status)
 
 
 if __name__ == '__main__': sys.exit(main(Path(sys.argv[1]).resolve()))

@@ -15,26 +15,32 @@ def call(name, *words):
     return done.stdout
 
 
-def test_quality(tmp_path):
+@pytest.mark.parametrize('methods', [
+    ['plain,amp=0', 'composable,amp=0', 'composable,amp=0,full=0.5,weight_decay=0'],
+    pytest.param(['plain', 'composable', 'uniform', 'distilled', 'both'], marks=pytest.mark.slow)],
+    ids=['float32', 'ablation'])
+def test_quality(methods, tmp_path):
     images, results = unpack_sample(tmp_path), tmp_path/'quality.jsonl'
-    methods = ['plain', 'composable', 'uniform', 'distilled', 'both', 'composable,full=0.5,weight_decay=0']
     run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick',
            '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1',
            '--methods', *methods, '--device', 'cpu', '--results', results]
     for _ in range(2): call('quality', *run)                   # the second time there is nothing left to do
     plain, *modular = [json.loads(line) for line in results.read_text().splitlines()]
     assert [plain['method'], *(r['method'] for r in modular)] == methods
-    assert [r['weight_decay'] for r in modular] == 4 * [5e-4] + [0]
+    assert [r['weight_decay'] for r in modular] == [0 if 'weight_decay=0' in m else 5e-4 for m in methods[1:]]
     assert all(r['accuracy_10'] == r['full'] for r in modular)
     assert all(0 < r['params_2'] < r['params_5'] < r['params_10'] < 1 for r in modular)
     said = call('quality', 'table', '--results', results)
-    assert said.count('\n') == 8 + 9
+    assert said.count('\n') == len(methods) + 2 + 9
     assert said.count('| 0 | not run |') == 9, 'rows for a GPU stay until they are run'
-    assert '| simcnn:0.05 | 1 | 128 | composable | 1 |' in said
+    assert f'| simcnn:0.05 | 1 | 128 | {methods[1]} | 1 |' in said
 
 
-@pytest.mark.parametrize('name', [
-    'losses', 'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end'])
+SPEED = ['losses', *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end'))]
+
+
+@pytest.mark.parametrize('name', SPEED)
 def test_speed(name, tmp_path):
     "The short form writes rows that name the machine; those of another kind of device stay."
     results = tmp_path/'rows.jsonl'

@@ -17,6 +17,7 @@ from mwt.modules.extract import extract
 from mwt.modules.module import load_module, save_module
 from mwt.modules.parts import union_masks
 
+DEFAULT = 'composable'
 every_method = pytest.mark.parametrize('method', list(METHODS))
 
 
@@ -76,8 +77,15 @@ def check_family(net: nn.Module, name: str, method: str, path: Path) -> None:
     with torch.no_grad(): assert torch.allclose(exported(x.double()), slim, rtol=1e-9)
 
 
-@every_method
-@pytest.mark.parametrize('name', FAMILIES)
+# With other methods than the default one, every kind of block is cut here; all families are among the slow tests.
+BLOCKS = {'vgg11_bn', 'resnet18', 'squeezenet1_1', 'densenet121', 'shufflenet_v2_x0_5', 'mobilenet_v2',
+          'mobilenet_v3_small', 'regnet_y_400mf'}
+CASES = [pytest.param(name, method, id=f'{name}-{method}',
+                      marks=[] if method == DEFAULT or name in BLOCKS else pytest.mark.slow)
+         for name in FAMILIES for method in METHODS]
+
+
+@pytest.mark.parametrize('name, method', CASES)
 def test_family(name: str, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     check_family(lively(MAKERS[name]()), name, method, tmp_path/'module.safetensors')

@@ -69,7 +69,7 @@ def several_steps(kind: str, data: ImageData) -> Evidence:
 
 def whole_run(kind: str, data: ImageData) -> Evidence:
     model = network(kind)
-    history = fit(model, data, 2, show_progress=False)
+    history = fit(model, data, 1, show_progress=False)
     accuracies = dict(accuracies=torch.tensor(history.series('valid_accuracy')))
     return dict(run=model.state_dict() | accuracies)
 
@@ -89,15 +89,14 @@ def pair_losses(rank: int, world: int) -> Evidence:
     return dict(losses=values, gradient=dict(gradient=mine.grad / world))
 
 
-def work(what: str, path: str) -> None:
-    "In one of the processes, or in the only one."
+def work(path: str) -> None:
+    "In one of the processes, or in the only one: everything, for all kinds of training."
     import torch.distributed as dist
     if dist.is_torchelastic_launched(): dist.init_process_group('gloo')
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if what == 'losses': found = pair_losses(rank, world)
-    else:
-        data = image_data('digits', batch_size=32, device='cpu').shard(rank, world)
-        found = one_step(what, data) | several_steps(what, data) | whole_run(what, data)
+    found = dict(losses=pair_losses(rank, world))
+    data = image_data('digits', batch_size=32, device='cpu').shard(rank, world)
+    for kind in KINDS: found[kind] = one_step(kind, data) | several_steps(kind, data) | whole_run(kind, data)
     torch.save(found, f'{path}.{rank}of{world}')
     if not dist.is_initialized(): return
     dist.barrier()
@@ -132,19 +131,13 @@ def finish_well(process: subprocess.Popen) -> str:
     return said
 
 
-FOUND: dict[str, tuple[Evidence, Evidence, Evidence]] = {}      # computed once for all tests of this file
-
-@pytest.fixture
-def found(tmp_path: Path) -> Callable[[str], tuple[Evidence, Evidence, Evidence]]:
+@pytest.fixture(scope='module')
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Evidence, Evidence, Evidence]]:
     "What one process, the first of two and the second of two computed."
-    def found(what: str) -> tuple[Evidence, Evidence, Evidence]:
-        if what in FOUND: return FOUND[what]
-        finish_well(start(__file__, what, tmp_path/what))
-        finish_well(torchrun(__file__, what, tmp_path/what))
-        alone, first, second = (torch.load(tmp_path/f'{what}.{who}') for who in ('0of1', '0of2', '1of2'))
-        FOUND[what] = alone, first, second
-        return FOUND[what]
-    return found
+    path = tmp_path_factory.mktemp('found')/'evidence'
+    for process in (start(__file__, path), torchrun(__file__, path)): finish_well(process)
+    everything = [torch.load(f'{path}.{who}') for who in ('0of1', '0of2', '1of2')]
+    return lambda what: tuple(evidence[what] for evidence in everything)
 
 Found = Callable[[str], tuple[Evidence, Evidence, Evidence]]
 
@@ -283,23 +276,30 @@ def kill_in_training(lost: int, words: list[object], resume: Path) -> str:
 
 needs_proc = pytest.mark.skipif(not Path('/proc').is_dir(), reason='finds the process in /proc')
 
-@needs_proc
-@pytest.mark.parametrize('lost', [0, 1])
-def test_lost_process_ends_the_run(lost: int, tmp_path: Path) -> None:
-    out = tmp_path/'run'
-    said = kill_in_training(lost, [*WORDS, '--epochs', '8', '--out', out], out/'resume.safetensors')
+def check_stopped(said: str, lost: int, resume: Path) -> None:
+    "The process that is left ends the run, says so, and has stored how far it came."
     stopped = rf'mwt \(process {1 - lost} of 2\): training stopped: (another process was lost|asked to stop)'
     assert re.search(stopped, said), said
     assert 'the same command with --resume goes on from there' in said
-    assert 0 < load_tensors(out/'resume.safetensors', 'run')[1]['done'] < 8 * 20
-    assert not (out/'run.json').exists()
+    assert 0 < load_tensors(resume, 'run')[1]['done'] < EPOCHS * 20
+    assert not (resume.parent/'run.json').exists()
+
+
+EPOCHS = 4
+
+@needs_proc
+def test_loss_of_the_first_process_ends_the_run(tmp_path: Path) -> None:
+    resume = tmp_path/'run'/'resume.safetensors'
+    said = kill_in_training(0, [*WORDS, '--epochs', EPOCHS, '--out', tmp_path/'run'], resume)
+    check_stopped(said, 0, resume)
 
 
 @needs_proc
 def test_run_with_a_lost_process_goes_on(tmp_path: Path) -> None:
     out, whole = tmp_path/'run', tmp_path/'whole'
-    words = [*WORDS, '--epochs', '8', '--out']
-    kill_in_training(1, [*words, out], out/'resume.safetensors')
+    words = [*WORDS, '--epochs', EPOCHS, '--out']
+    said = kill_in_training(1, [*words, out], out/'resume.safetensors')
+    check_stopped(said, 1, out/'resume.safetensors')
     finish_well(mwt(*words, out, '--resume'))
     finish_well(mwt(*words, whole))
     assert not (out/'resume.safetensors').exists()

@@ -66,6 +66,9 @@ def test_slim_is_smaller_and_ordinary(model: ModularModel) -> None:
     assert heads[-1].out_features == 2
 
 
+# every kind of cut, on a network with shortcuts and one with a wide head
+@pytest.mark.parametrize('model', [(n, m) for n in ('simcnn', 'resnet18') for m in METHODS],
+                         ids='-'.join, indirect=True)
 def test_module_exports_and_learns(model: ModularModel) -> None:
     module = extract(model, random_parts(model, None), [0, 1])
     x = torch.randn(2, *model.input_shape)

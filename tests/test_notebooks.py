@@ -1,12 +1,11 @@
 "Every notebook runs from top to bottom, as nbdev tests it, and says what is stored in it."
 from __future__ import annotations
-import json, subprocess, sys
+import json, multiprocessing, tempfile
 from pathlib import Path
 import pytest
-from run_notebook import differs
+from run_notebook import differs, say_into
 
-ROOT = Path(__file__).resolve().parents[1]
-NBS = ROOT/'nbs'
+NBS = Path(__file__).resolve().parents[1]/'nbs'
 # Notebooks, and folders of notebooks, that train networks for more than half a minute.
 SLOW = {'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
         'tutorials/05_many_machines.ipynb', 'baselines'}
@@ -24,13 +23,24 @@ def parameter(path: Path) -> object:
 NOTEBOOKS = sorted(filter(is_notebook, NBS.rglob('*.ipynb')))
 
 
-def run_notebook(path: Path, seconds: int = 900) -> subprocess.CompletedProcess:
-    "nbdev's test of one notebook, and a comparison of its outputs; what it says is in `stdout`."
+# A server that has imported what notebooks import (but not the package itself); every notebook runs in a fork
+# of it, without waiting for the imports.
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(
+    ['torch', 'torchvision', 'matplotlib.pyplot', 'nbdev.test', 'execnb.shell', 'run_notebook'])
+
+
+def run_notebook(path: Path, seconds: int = 540) -> tuple[int | None, str]:
+    "nbdev's test of one notebook, and a comparison of its outputs: exit status (`None`: it hung), what it says."
     # One process each, since a notebook's `@patch` would leak into the next. nbdev honours `#| eval: false`
     # and the flags of `tst_flags` in settings.ini, and prints the cell that failed.
-    cmd = [sys.executable, str(ROOT/'tests'/'run_notebook.py'), str(path)]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.run(cmd, cwd=ROOT, text=True, timeout=seconds, **streams)
+    with tempfile.NamedTemporaryFile('r') as said:
+        process = FORKS.Process(target=say_into, args=(said.name, path))
+        process.start()
+        process.join(seconds)
+        status = process.exitcode
+        if status is None: process.kill()
+        return status, Path(said.name).read_text(errors='replace')
 
 
 def test_there_are_notebooks() -> None:
@@ -39,8 +49,8 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.parametrize('path', [parameter(p) for p in NOTEBOOKS])
 def test_notebook(path: Path) -> None:
-    done = run_notebook(path)
-    assert done.returncode == 0 and 'Success.' in done.stdout, f'\n{done.stdout[-6000:]}'
+    status, said = run_notebook(path)
+    assert status == 0 and 'Success.' in said, f'exit status {status}\n{said[-6000:]}'
 
 
 # The tests of the tests
@@ -55,8 +65,8 @@ def notebook(path: Path, source: str, output: str = '') -> Path:
 
 def test_a_failing_cell_fails_and_is_shown(tmp_path: Path) -> None:
     "nbdev must not swallow an error."
-    done = run_notebook(notebook(tmp_path/'00_wrong.ipynb', 'assert 1 + 1 == 3'))
-    assert done.returncode != 0 and 'assert 1 + 1 == 3' in done.stdout and 'AssertionError' in done.stdout
+    status, said = run_notebook(notebook(tmp_path/'00_wrong.ipynb', 'assert 1 + 1 == 3'))
+    assert status == 1 and 'assert 1 + 1 == 3' in said and 'AssertionError' in said
 
 
 @pytest.mark.parametrize('source, output, fresh', [
@@ -67,9 +77,9 @@ def test_a_failing_cell_fails_and_is_shown(tmp_path: Path) -> None:
     ('#| varies\nprint("kernels", 3)', 'units 3\n', True),
 ])
 def test_stale_outputs_are_found(source: str, output: str, fresh: bool, tmp_path: Path) -> None:
-    done = run_notebook(notebook(tmp_path/'00_stale.ipynb', source, output))
-    assert (done.returncode == 0) == fresh, done.stdout
-    if not fresh: assert 'stale' in done.stdout
+    status, said = run_notebook(notebook(tmp_path/'00_stale.ipynb', source, output))
+    assert (status == 0) == fresh, said
+    if not fresh: assert 'stale' in said
 
 
 @pytest.mark.parametrize('stored, now, exact, stale', [

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
-from torchvision.ops import stochastic_depth
 from ..core.nets import evaluating
 from .trace import _traced, known_class
 from .groups import Activation, ChannelGroups, compact, varying
 
 # %% auto #0
-__all__ = ['Rule', 'RULES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker']
+__all__ = ['Rule', 'RULES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker', 'full_name']
 
 # %% ../../nbs/04_channels/03_rules.ipynb #286d2c70
 Rule = Callable[['ChannelTracker', fx.Node, nn.Module | None], Any]
@@ -27,7 +26,7 @@ Rule = Callable[['ChannelTracker', fx.Node, nn.Module | None], Any]
 RULES: dict[Any, Rule] = {}     # function, name of a method or class of a layer -> its rule
 
 def rule(
-    *operations: Any, # functions, names of methods, classes of layers
+    *operations: Any, # functions, names of methods, classes of layers, full names of functions
 ) -> Callable[[Rule], Rule]: # leaves the function as it is
     "Register a function as the rule of these operations; the latest rule of an operation counts."
     def register(function: Rule) -> Rule:
@@ -168,6 +167,11 @@ def _pinned(tracker: ChannelTracker, value: Any, reason: str) -> Any:
     return Activation(ids.view([1] * value.ndim).expand(value.shape))
 
 # %% ../../nbs/04_channels/03_rules.ipynb #3dd51790
+def full_name(function: Any) -> str:
+    "The module of a function and its name in it; empty for what has none."
+    if not hasattr(function, '__qualname__'): return ''
+    return f'{function.__module__}.{function.__qualname__}'
+
 @patch
 def follow(self: ChannelTracker, node: fx.Node) -> Any:
     "The activation of an operation's result."
@@ -177,7 +181,7 @@ def follow(self: ChannelTracker, node: fx.Node) -> Any:
     if not any(self.is_activation(n) for n in node.all_input_nodes): return None
     layer = self.submodules[node.target] if node.op == 'call_module' else None
     key = node.target if layer is None else known_class(type(layer), RULES)
-    return RULES.get(key, unknown)(self, node, layer)
+    return (RULES.get(key) or RULES.get(full_name(key)) or unknown)(self, node, layer)
 
 def _has_tensors(value: Any) -> bool:
     if isinstance(value, (tuple, list)): return any(_has_tensors(v) for v in value)
@@ -448,7 +452,9 @@ ONE_NUMBER = spellings(*'''
     clamp clamp_min clamp_max clip exp neg negative abs sqrt square pow
     dropout dropout1d dropout2d alpha_dropout'''.split())
 
-@rule(*ONE_NUMBER, stochastic_depth)
+STOCHASTIC_DEPTH = 'torchvision.ops.stochastic_depth.stochastic_depth'  # takes seconds to import
+
+@rule(*ONE_NUMBER, STOCHASTIC_DEPTH)
 def elementwise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> Any:
     "A function of one number."
     activation = tracker.activation(node.args[0])

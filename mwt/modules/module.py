@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torchvision.ops import stochastic_depth
 from ..core.files import load_tensors, save_tensors
 from ..core.nets import device_of
-from ..channels.rules import RULES
+from ..channels.rules import RULES, STOCHASTIC_DEPTH, full_name
 from ..channels.trace import trace
 
 # %% auto #0
@@ -56,6 +55,11 @@ def _followed(
         if listed and callable(function) and name[0] != '_': found[f'{prefix}.{name}'] = function
     return found
 
+def _stochastic_depth(*args: Any, **kwargs: Any) -> Tensor:
+    "That of torchvision, which takes seconds to import and which few networks use."
+    from torchvision.ops import stochastic_depth
+    return stochastic_depth(*args, **kwargs)
+
 FUNCTIONS: dict[str, Callable] = {
     **_followed('operator', operator), **_followed('torch', torch), **_followed('F', F),
     **_named('operator', operator,
@@ -69,13 +73,14 @@ FUNCTIONS: dict[str, Callable] = {
              'sigmoid tanh softmax log_softmax dropout conv2d linear batch_norm layer_norm '
              'group_norm max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d pad '
              'interpolate normalize'),
-    'stochastic_depth': stochastic_depth}
+    'stochastic_depth': _stochastic_depth}
 
 METHOD_NAMES: frozenset[str] = frozenset((
     'add add_ sub sub_ mul mul_ div div_ view reshape flatten permute transpose contiguous '
     'squeeze unsqueeze chunk split mean sum amax size dim relu relu_ sigmoid sigmoid_ tanh '
     'softmax clamp clamp_ expand expand_as pow sqrt exp abs neg square clone movedim swapaxes '
-    'unbind float').split()) | {name for name in RULES if isinstance(name, str)}
+    'unbind float').split()) | {
+    name for name in RULES if isinstance(name, str) and name.isidentifier()}
 
 ATTRIBUTES = ('shape', 'ndim')          # of a tensor
 
@@ -148,6 +153,7 @@ def _operation(
     if node.op == 'get_attr': return 'tensor', node.target
     if node.op == 'call_method' and node.target in METHOD_NAMES: return 'method', node.target
     if node.target is getattr and node.args[1] in ATTRIBUTES: return 'attribute', node.args[1]
+    if full_name(node.target) == STOCHASTIC_DEPTH: return 'function', 'stochastic_depth'
     names = [name for name, function in FUNCTIONS.items() if function is node.target]
     return ('function', names[0]) if names else ('', '')
 

@@ -13,7 +13,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 import torch
-import torchvision
 from fastcore.basics import patch
 from torch import nn
 import mwt
@@ -84,7 +83,7 @@ def environment(
     device = torch.device(device)
     name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if device.type == 'cuda': name = torch.cuda.get_device_name(device)
-    return dict(mwt=_own_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+    return dict(mwt=_own_version(), torch=torch.__version__, torchvision=version('torchvision'),
                 python=platform.python_version(), system=platform.system(), device=name)
 
 def _own_version() -> str:
