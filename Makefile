@@ -6,7 +6,7 @@ STAMP  := .venv/.installed
 .PHONY: help demo test test-all docs prepare clean
 
 help:
-	@echo "make demo     train, decompose and reuse a small modular network (about a minute)"
+	@echo "make demo     train, decompose and reuse a small modular network (a minute or two)"
 	@echo "make test     the tests, the chapters' notebooks and the documentation site"
 	@echo "make test-all the same, what takes long (notebooks that train, full depth), and coverage"
 	@echo "make docs     build the documentation site into _docs/html"

@@ -1,6 +1,6 @@
 "What all tests share: this checkout's package, one thread and little memory a process."
 from __future__ import annotations
-import ctypes, gc, os, resource, subprocess
+import ctypes, gc, os, resource, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -14,13 +14,25 @@ os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 os.environ['MPLBACKEND'] = 'agg'
 
-# A test that needs more fails with an error that says so; without a limit the machine kills some process, and
-# the run ends without a word. CUDA maps more than it uses, so there is no limit where there is a GPU.
-MEMORY = 2 << 30 # bytes a process, and each process that a test starts
+# Bytes that a process of the tests may take, and bytes that it, or one that a test starts, may reserve. Past the
+# second limit an allocation fails; without it the machine would kill some process, and the run would end
+# without a word. CUDA takes and reserves much, so there is no limit where there is a GPU.
+MEMORY, RESERVED = 2 << 30, 6 << 30
+HAS_GPU = Path('/dev/nvidia0').exists()
+TOO_LARGE = pytest.StashKey[bool]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     "Limit the memory."
-    if not Path('/dev/nvidia0').exists(): resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    if not HAS_GPU: resource.setrlimit(resource.RLIMIT_DATA, (RESERVED, RESERVED))
+
+
+def check_memory(config: pytest.Config) -> None:
+    "Fails once for a process that has taken too much."
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    if HAS_GPU or peak < MEMORY or TOO_LARGE in config.stash: return
+    config.stash[TOO_LARGE] = True
+    raise MemoryError(f'this process has taken {peak:,} bytes by now, more than {MEMORY:,}')
 
 
 # Files whose tests share nothing expensive; of all others the tests stay in one process, so that their
@@ -34,7 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    "After a file's last test its memory goes back to the machine."
+    "A process stays within its memory; after a file's last test, memory goes back to the machine."
+    check_memory(item.config)
     if nextitem and nextitem.path == item.path: return
     gc.collect()
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) # glibc only

@@ -77,7 +77,7 @@ def check_family(net: nn.Module, name: str, method: str, path: Path) -> None:
     with torch.no_grad(): assert torch.allclose(exported(x.double()), slim, rtol=1e-9)
 
 
-# With other methods than the default one, every kind of block is cut here; all families are among the slow tests.
+# With other methods than the default one, every kind of block is cut here; all families are slow tests.
 BLOCKS = {'vgg11_bn', 'resnet18', 'squeezenet1_1', 'densenet121', 'shufflenet_v2_x0_5', 'mobilenet_v2',
           'mobilenet_v3_small', 'regnet_y_400mf'}
 CASES = [pytest.param(name, method, id=f'{name}-{method}',

@@ -19,6 +19,7 @@ from mwt.modules.module import (SlimModule, as_module, decode, describe_steps, e
                                 save_module)
 from mwt.modules.parts import Parts, load_parts, save_parts, union_masks
 from mwt.modules.speed import fold_norms, joining_order, round_masks
+from mwt.networks import create_model
 
 OLD = Path(__file__).resolve().parent/'fixtures'/'0.1.0'
 
@@ -191,7 +192,7 @@ def test_as_module_leaves_the_network_alone() -> None:
 
 def test_who_joins() -> None:
     "The kernels most frequent for the target classes; where that is equal, those that most classes keep."
-    model = modularize(NETWORKS['simcnn'](), n_classes=10)
+    model = modularize(create_model('simcnn', width=.25), n_classes=10)
     name, target = 'features.4.0', [0, 1]
     example = random_parts(model, .5)
     kept = torch.ones_like(example.kept)

@@ -31,7 +31,7 @@ FORKS.set_forkserver_preload(
 
 
 def run_notebook(path: Path, seconds: int = 540) -> tuple[int | None, str]:
-    "nbdev's test of one notebook, and a comparison of its outputs: exit status (`None`: it hung), what it says."
+    "nbdev's test of a notebook, and a look at its outputs: exit status (`None`: it hung), what it says."
     # One process each, since a notebook's `@patch` would leak into the next. nbdev honours `#| eval: false`
     # and the flags of `tst_flags` in settings.ini, and prints the cell that failed.
     with tempfile.NamedTemporaryFile('r') as said:

@@ -1,7 +1,8 @@
 "Training repeats, chooses on validation data, never waits for the device, and leaves whole files."
 from __future__ import annotations
-import copy, json, math, random, shutil, subprocess, sys
+import copy, functools, json, math, random, shutil, subprocess, sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -346,9 +347,9 @@ class Watch(TorchDispatchMode):
 # How many epochs the run has; its second one is watched.
 EPOCHS = pytest.mark.parametrize('epochs', [10, 1.5], ids=['early', 'when ready'])
 
-def step_calls(model: nn.Module, batches: Batches, epochs: float = 10) -> Counter[str]:
+def step_calls(model: nn.Module, batches: Batches, epochs: float = 10, amp: bool = False) -> Counter[str]:
     "The operations of an epoch, the second of a run."
-    run = Trainer(model, TrainConfig(amp=True), int(epochs * len(batches)))
+    run = Trainer(model, TrainConfig(amp=amp), int(epochs * len(batches)))
     train_epoch(run, batches)
     with Watch() as watch: means = train_epoch(run, batches)
     assert all(isinstance(v, Tensor) and v.ndim == 0 and not v.requires_grad for v in means.values())
@@ -368,6 +369,11 @@ def random_batches(samples: int, n_classes: int, batch_size: int) -> Batches:
 @pytest.mark.parametrize('name', ['simcnn', 'resnet18'])
 def test_step_never_waits(name: str, kind: str, epochs: float, data: ImageData) -> None:
     assert sum(step_calls(network(name, kind), data.train, epochs).values()) > 100
+
+
+@every_kind
+def test_step_in_bfloat16_never_waits(kind: str, data: ImageData) -> None:
+    assert sum(step_calls(network('simcnn', kind), data.train.sample(128), 1.5, amp=True).values()) > 100
 
 
 def test_watch_sees_what_it_should() -> None:
@@ -655,13 +661,19 @@ def stop_in(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('mwt.train.fit.evaluate', judge)
 
 
+@pytest.fixture(scope='module')
+def whole_run(data: ImageData) -> Callable[[str], tuple[nn.Module, History]]:
+    "A run of six epochs that nobody stopped, made once for each kind."
+    return functools.cache(lambda kind: trained(kind, data, 6, seed=3))
+
+
 # Gates learn; they are frozen from the next step on; the network without closed kernels is trained.
 @pytest.mark.parametrize('epoch', [2, 4, 6])
 @every_kind
-def test_a_stopped_run_ends_as_if_it_had_not_been(kind: str, epoch: int, data: ImageData,
+def test_a_stopped_run_ends_as_if_it_had_not_been(kind: str, epoch: int, data: ImageData, whole_run: Callable,
                                                   monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path/'run.safetensors'
-    whole, expected = trained(kind, data, 6, seed=3)
+    whole, expected = whole_run(kind)
     stop_in(epoch, monkeypatch)
     with pytest.raises(InterruptedError): trained(kind, data, 6, seed=3, resume=path)
     assert load_tensors(path, 'run')[1]['done'] == (epoch - 1) * len(data.train)
@@ -706,6 +718,7 @@ def test_damaged_run_is_refused(stopped: Path, data: ImageData) -> None:
         with pytest.raises(ValueError, match=word): trained('composable', data, 3, resume=stopped)
 
 
+@pytest.mark.slow
 def test_compiled_training_learns_the_same(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, quick = [], nn.Module.compile
 

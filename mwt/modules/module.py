@@ -55,6 +55,7 @@ def _followed(
         if listed and callable(function) and name[0] != '_': found[f'{prefix}.{name}'] = function
     return found
 
+# %% ../../nbs/08_modules/04_module.ipynb #99be756a
 def _stochastic_depth(*args: Any, **kwargs: Any) -> Tensor:
     "That of torchvision, which takes seconds to import and which few networks use."
     from torchvision.ops import stochastic_depth

@@ -96,6 +96,9 @@ def _report_row(name: str, kept: float, krr: float, *jaccard: float) -> dict[str
     return row | dict(cohesion=cohesion, coupling=coupling)
 
 @patch
+def __repr__(self: Parts) -> str: return str(self.report())
+
+@patch
 def _repr_markdown_(self: Parts) -> str: return self.report()._repr_markdown_()
 
 # %% ../../nbs/08_modules/02_parts.ipynb #2990f6a1

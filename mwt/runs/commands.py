@@ -158,7 +158,7 @@ def cmd_demo(
     overwrite: bool = False, # take a folder that holds another run
     device: str | None = None, # 'cpu' or 'cuda'; left out: CUDA where there is one
 ) -> None:
-    "the whole story on handwritten digits, in about a minute"
+    "the whole story on handwritten digits, in a minute or two"
     run = demo(out, overwrite, epochs, seed, device)
     print(run.figures())
     print(f"kept in {out}; open {run.path('report')}")

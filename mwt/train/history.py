@@ -93,6 +93,9 @@ def table(self: History) -> Table:
                   for row in self.rows])
 
 @patch
+def __repr__(self: History) -> str: return str(self.table())
+
+@patch
 def _repr_markdown_(self: History) -> str: return self.table()._repr_markdown_()
 
 # %% ../../nbs/07_train/01_history.ipynb #d5e8c888
