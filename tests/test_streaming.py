@@ -422,6 +422,7 @@ def test_shares_that_cannot_be(rank: int, world: int, error: type, said: str, re
 
 # The benchmark
 
+@pytest.mark.slow
 def test_benchmark_of_loading(sample: Path, tmp_path: Path) -> None:
     results = tmp_path/'loading.jsonl'
     command = [sys.executable, str(ROOT/'benchmarks'/'loading.py'), '--data', str(sample)]
