@@ -14,7 +14,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 os.environ['MPLBACKEND'] = 'agg'
 
-# Bytes that a process of the tests may take, and bytes that it, or one that a test starts, may reserve. Beyond
+# Bytes that a process of the tests may take, and bytes that it, or one that a test starts, may reserve. Past
 # the second limit an allocation fails; without it the machine would kill some process, and the run would end
 # without a word. CUDA takes and reserves much, so there is no limit where there is a GPU.
 MEMORY, RESERVED = 2 << 30, 6 << 30
