@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from .core.checks import check_range
+from .core.checks import check_choice, check_range
 from .core.display import Table, percent
 from .core.processes import global_sum
+from .core.signature import Signature, signature_of
 from .core.nets import device_of, evaluating, logits_of
 from .data.batches import Batches
-from .data.loaders import LoaderBatches, as_batches
+from .data.loaders import LoaderBatches, as_batches, check_shape, taken_by
 from .channels.trace import find_example, input_channels
 
 # %% auto #0
@@ -49,9 +50,22 @@ def known_classes(
     batches: Batches | LoaderBatches, # the images it is judged on
 ) -> list[str]: # its outputs, in order
     "The classes that a network tells apart; those of the data for a network that does not say."
-    classes = getattr(model, 'classes', None)
-    if classes and set(classes) <= set(batches.classes): return list(classes)
-    return list(batches.classes)
+    known = signature_of(model)
+    return list(batches.classes if known is None else known.classes)
+
+def check_names(
+    known: Sequence[str], # the network's classes
+    chosen: Sequence[str], # those that it is judged on
+    batches: Batches | LoaderBatches, # the images
+) -> None:
+    "Raises `ValueError` for a class that the network does not know, or that the data has not."
+    there = list(batches.classes)
+    for name in chosen: check_choice('class', name, known)
+    if not set(chosen) & set(there):
+        raise ValueError(f"the network tells {list(known)} apart, the data has {there}; none is in both")
+    if missing := [c for c in chosen if c not in there]:
+        raise ValueError(f"the network tells {list(known)} apart, the data has {there}, without "
+                         f"{missing}; say classes=[...] to judge it on those that both have")
 
 # %% ../nbs/06_measure/01_measure.ipynb #528efa00
 def check_channels(
@@ -84,11 +98,10 @@ def confusion(
     check_channels(model, batches)
     known = known_classes(model, batches)
     chosen = list(known if classes is None else classes)
-    batches = batches.plain()
+    check_names(known, chosen, batches)
+    check_shape(signature_of(model), batches)
+    batches = taken_by(batches.plain(), model)
     if chosen != list(batches.classes): batches = batches.subset(chosen)
-    if unknown := set(batches.classes) - set(known):
-        raise ValueError(f"the network knows {known}, not {sorted(unknown)}; "
-                         "ask for classes that it was made for")
     columns = torch.tensor([known.index(c) for c in batches.classes], device=batches.device)
     n = len(columns)
     counts = torch.zeros(n * n, dtype=torch.long, device=batches.device)
@@ -189,7 +202,7 @@ def profiles(
     check_range('batch_size', batch_size, 1, integer=True)
     check_range('repeats', repeats, 1, integer=True)
     device = device_of(models[0])
-    x = torch.randn(batch_size, *_input_shape(models[0]), device=device)
+    x = torch.rand(batch_size, *_input_shape(models[0]), device=device)
     calls = {str(i): partial(m, x) for i, m in enumerate(models)}
     with ExitStack() as stack:
         for m in models: stack.enter_context(evaluating(m))

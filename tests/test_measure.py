@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from mwt.core.signature import Signature
 from mwt.data.batches import Batches
 from mwt.data.sources import image_data
 from mwt.measure import confusion, count_params, evaluate, n_outputs, profile, profiles, time_in_turns
@@ -137,11 +138,11 @@ def test_a_network_that_knows_some_classes_is_judged_on_those(images: tuple[Tens
     x, labels = images
     net = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), Brightest())
     net[0].weight.data = torch.eye(3)[[2, 0]][..., None, None]
-    net.classes = ['c', 'a']
+    net.signature = Signature(['c', 'a'])
     batches = Batches((x * 255).byte(), labels, ['a', 'b', 'c'], 5, mean=torch.zeros(3), std=torch.ones(3))
     assert n_outputs(net) == 2
     assert confusion(net, batches).sum() == 8
-    with pytest.raises(ValueError, match=r"the network knows \['c', 'a'\], not \['b'\]"):
+    with pytest.raises(ValueError, match=r"unknown class 'b'.*known: c, a"):
         confusion(net, batches, ['a', 'b'])
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import NBS
 from torch import nn
+from mwt.core.signature import weights_of
 from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.measure import evaluate
@@ -56,8 +57,8 @@ def names(code: str, **known: Any) -> dict[str, Any]:
 
 def differences(a: nn.Module, b: nn.Module) -> float:
     "The largest difference of a weight or buffer."
-    theirs = b.state_dict()
-    return max((t.double() - theirs[name].double()).abs().max().item() for name, t in a.state_dict().items())
+    theirs = weights_of(b)
+    return max((t.double() - theirs[name].double()).abs().max().item() for name, t in weights_of(a).items())
 
 
 @pytest.mark.parametrize('method', METHODS)

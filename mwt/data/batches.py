@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core.checks import check_choice, check_range, resolve_device
 from ..core.display import Table, _spell, progress
+from ..core.signature import Signature
 from .augment import Augment
 from .labels import check_labels, class_indices, split_by_class
 from .streams import ImageFiles
@@ -287,6 +288,26 @@ def to(self: Batches,
     "The same batches on another device, going through the same random sequence."
     device = resolve_device(device)
     return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+# %% ../../nbs/02_data/05_batches.ipynb #cba341bc
+@patch(as_prop=True)
+def signature(self: Batches) -> Signature:
+    "What a network that learns these images takes and answers."
+    return Signature(list(self.classes), list(self.shape), self.mean.tolist(), self.std.tolist())
+
+@patch
+def normalised_by(self: Batches,
+    mean: Sequence[float], # of each channel; pixels count from 0 to 1
+    std: Sequence[float], # likewise
+) -> Batches:
+    "The same samples, normalised in another way."
+    mean, std = (torch.tensor(values, device=self.device) for values in (mean, std))
+    return self._replace(mean=mean, std=std)
+
+@patch
+def pixels(self: Batches) -> Batches:
+    "The same samples as numbers from 0 to 1, as a module takes them."
+    return self.normalised_by([0.] * self.shape[0], [1.] * self.shape[0])
 
 # %% ../../nbs/02_data/05_batches.ipynb #1a9f190a
 @patch

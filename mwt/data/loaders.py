@@ -6,14 +6,15 @@
 from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from ..core.checks import check_range, resolve_device
 from .batches import Batches, ImageData, SplitData, _check_classes
+from ..core.signature import Signature, signature_of
 from .labels import check_labels, class_indices
 
 # %% auto #0
@@ -213,6 +214,25 @@ def to(self: LoaderBatches,
     moved.device = resolve_device(device)
     return moved
 
+# %% ../../nbs/02_data/07_loaders.ipynb #cc251dac
+@patch(as_prop=True)
+def signature(self: LoaderBatches) -> Signature:
+    "What a network that learns these images takes and answers; how they are normalised is not known."
+    return Signature(list(self.classes), list(self.shape))
+
+@patch
+def normalised_by(self: LoaderBatches,
+    mean: Sequence[float], # not used: a loader normalises by itself
+    std: Sequence[float], # not used
+) -> LoaderBatches: # itself
+    "The same batches, as the loader makes them."
+    return self
+
+@patch
+def pixels(self: LoaderBatches) -> LoaderBatches: # itself
+    "The same batches; a module looks for itself whether they are pixels."
+    return self
+
 # %% ../../nbs/02_data/07_loaders.ipynb #fd32f542
 @patch
 def shard(self: LoaderBatches,
@@ -331,3 +351,57 @@ def as_image_data(
     found = LoaderData(**splits)
     _check_alike(found)
     return found
+
+# %% ../../nbs/02_data/07_loaders.ipynb #41f6f728
+def _check_signature(
+    known: Signature, # of the network
+    batches: Batches | LoaderBatches, # the images that it shall see
+) -> None:
+    "Raises `ValueError` for other classes, or images of another shape."
+    if set(known.classes) != set(batches.classes):
+        raise ValueError(f"the network tells {known.classes} apart, the data has {batches.classes}; "
+                         "give data of the same classes, or a new network for these (to train this "
+                         "one for them, set its .signature to None)")
+    check_shape(known, batches)
+
+def check_shape(
+    known: Signature | None, # of the network
+    batches: Batches | LoaderBatches, # the images that it shall see
+) -> None:
+    "Raises `ValueError` for images of another shape than the network was trained on."
+    if known is None or known.shape is None: return
+    if list(batches.shape) == list(known.shape): return
+    channels, height, width = known.shape
+    raise ValueError(f"the network takes images of {channels} channels and {height}x{width} pixels, "
+                     f"the data has {tuple(batches.shape)}; read the images with size={height}")
+
+# %% ../../nbs/02_data/07_loaders.ipynb #28dcb1f2
+def taken_by(
+    batches: Batches | LoaderBatches, # any images
+    model: nn.Module, # that shall see them
+) -> Batches | LoaderBatches:
+    "The same images as the network takes them: as pixels, or normalised as it was trained."
+    if getattr(model, 'takes_pixels', False): return batches.pixels()
+    known = signature_of(model)
+    if known is None or known.mean is None: return batches
+    return batches.normalised_by(known.mean, known.std)
+
+def matched(
+    batches: Batches | LoaderBatches, # images of the network's classes
+    model: nn.Module, # that shall see them
+) -> Batches | LoaderBatches: # with labels in the order of its outputs
+    "The images as the network takes them. Raises `ValueError` for other classes or shapes."
+    known = signature_of(model)
+    if known is None: return batches
+    _check_signature(known, batches)
+    if list(batches.classes) != known.classes: batches = batches.subset(known.classes)
+    return taken_by(batches, model)
+
+# %% ../../nbs/02_data/07_loaders.ipynb #408b3e07
+def matched_data(
+    data: SplitData, # all splits
+    model: nn.Module, # to be trained on them
+) -> SplitData:
+    "All splits as the network takes them. Raises `ValueError` for other classes or shapes."
+    if signature_of(model) is None: return data
+    return replace(data, **{name: matched(split, model) for name, split in data.splits().items()})

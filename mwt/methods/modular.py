@@ -5,7 +5,7 @@
 # %% ../../nbs/05_methods/04_modular.ipynb #165d25c8
 from __future__ import annotations
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.checks import check_range, seeded
 from ..core.display import Table
 from ..core.nets import head_size, logits_of
+from ..core.signature import Signature, Signed, signature_of
 from ..channels.trace import find_example
 from ..channels.mapping import ChannelMap, map_channels
 from .base import Method, describe_method, make_method
@@ -24,7 +25,7 @@ from .points import mask_points
 __all__ = ['plain', 'modularize', 'mask_table']
 
 # %% ../../nbs/05_methods/04_modular.ipynb #d4ff9cbb
-class ModularModel(nn.Module):
+class ModularModel(Signed):
     "A network with the masks of a method, made by `modularize`."
     def __init__(self,
         net: nn.Module, # a copy of the plain network; changed in place
@@ -38,9 +39,25 @@ class ModularModel(nn.Module):
         self.channels = channels
         self.head = channels.head
         self.n_classes = head_size(net.get_submodule(channels.head))
-        self.input_shape: tuple[int, ...] = tuple(example.shape[1:])    # (channels, height, width)
-        self.classes = [str(i) for i in range(self.n_classes)]      # `fit` takes the data's names
+        self.example_shape: tuple[int, ...] = tuple(example.shape[1:])  # (channels, height, width)
         self.masks = method.attach(net, channels, self.n_classes, example)
+
+    @property
+    def classes(self) -> list[str]:
+        "Names of the outputs, in order; numbers until `fit` notes those of the data."
+        if self.signature is None: return [str(i) for i in range(self.n_classes)]
+        return list(self.signature.classes)
+
+    @classes.setter
+    def classes(self, names: Sequence[str]) -> None:
+        known = self.signature or Signature([])
+        self.signature = replace(known, classes=list(names))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        "Channels, height and width of the images: of those in training, before it of the example."
+        known = self.signature
+        return tuple(known.shape) if known and known.shape else self.example_shape
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -102,7 +119,7 @@ def ready(self: ModularModel,
 @patch
 def about(self: ModularModel) -> dict[str, Any]: # JSON-able
     "What a file of this model's weights has to say beside them."
-    return dict(classes=list(self.classes), **describe_method(self.method))
+    return dict(classes=list(self.classes)) | describe_method(self.method)
 
 @patch
 def upgrade(self: ModularModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +155,9 @@ def fixed_masks(
 @patch
 def plain(self: ModularModel) -> nn.Module: # a copy without masks
     "The network under the masks."
-    return self.masks.strip_(copy.deepcopy(self.net))
+    net = self.masks.strip_(copy.deepcopy(self.net))
+    if self.signature is not None: net.signature = self.signature
+    return net
 
 @patch
 def cut(self: ModularModel,
@@ -196,7 +215,9 @@ def modularize(
     channels = map_channels(net, example)
     _check_head(net, channels, n_classes)
     channels = choose_layers(channels, method, _excluded(net, channels, filter_fn))
-    with seeded(seed): return ModularModel(net, method, channels, example)
+    with seeded(seed): made = ModularModel(net, method, channels, example)
+    made.signature = signature_of(net)
+    return made
 
 # %% ../../nbs/05_methods/04_modular.ipynb #8c224a54
 def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:

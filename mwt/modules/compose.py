@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from ..core.nets import device_of
+from ..core.signature import weights_of
 from ..data.batches import ImageData
-from .module import SlimModule, describe_layer
+from .module import SlimModule, describe_layer, renamed
 from ..train.fit import fit
 
 # %% auto #0
 __all__ = ['compose', 'fine_tune']
-
-# %% ../../nbs/08_modules/07_compose.ipynb #1cb70c18
-def renamed(
-    value: Any, # an encoded argument, or a list of them
-    names: Mapping[str, str], # step -> its new name
-) -> Any: # the same with the new names
-    "An encoded argument whose steps have other names."
-    if isinstance(value, list): return [renamed(v, names) for v in value]
-    if not isinstance(value, dict): return value
-    return {k: names[v] if k == 'step' else renamed(v, names) for k, v in value.items()}
 
 # %% ../../nbs/08_modules/07_compose.ipynb #1682554f
 def prefixed_steps(
@@ -58,6 +49,10 @@ def _check_composable(modules: Sequence[nn.Module]) -> None:
     if len(shapes) > 1:
         raise ValueError(f"the modules take images of different shapes, {sorted(shapes)}; "
                          "compose modules of one shape")
+    if len({m.takes_pixels for m in modules}) > 1:
+        odd = [m.classes for m in modules if not m.takes_pixels]
+        raise ValueError(f"the module of {odd[0]} takes normalised images, others take pixels; extract it "
+                         "anew from a model that knows how its images were normalised")
     names = [c for m in modules for c in m.classes]
     twice = sorted(n for n in set(names) if names.count(n) > 1)
     if twice:
@@ -91,9 +86,10 @@ def compose(
     first = modules[0]
     same = all(m.full == first.full for m in modules)       # cut from equally large models
     about = dict(classes=[c for m in modules for c in m.classes],
-                 input_shape=list(first.input_shape), full=first.full if same else None)
+                 input_shape=list(first.input_shape), pixels=first.takes_pixels,
+                 full=first.full if same else None)
     whole = SlimModule(about | joined_description(modules))
-    weights = {f'part{i}.{k}': v for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+    weights = {f'part{i}.{k}': v for i, m in enumerate(modules) for k, v in weights_of(m).items()}
     whole.load_state_dict(weights)
     return whole.to(device_of(first)).eval()
 
@@ -125,7 +121,7 @@ def add_head(
     head.bias.zero_()
     extended = SlimModule(with_new_head(module.description, head))
     new = {f'new_head.{k}': v for k, v in head.state_dict().items()}
-    extended.load_state_dict(module.state_dict() | new)
+    extended.load_state_dict(weights_of(module) | new)
     return extended.to(device_of(module)).eval()
 
 # %% ../../nbs/08_modules/07_compose.ipynb #09441c3d

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,8 +15,9 @@ from ..core.checks import check_range
 from ..core.display import progress
 from ..core.nets import device_of, evaluating
 from ..core.processes import global_rows, global_sum, rank_and_size
+from ..core.signature import signature_of
 from ..data.batches import Batches
-from ..data.loaders import LoaderBatches, as_batches
+from ..data.loaders import LoaderBatches, as_batches, matched
 from ..measure import check_channels
 from ..methods.losses import class_sums
 from ..methods.modular import ModularModel
@@ -159,11 +161,9 @@ def check_decompose(
     batches: Batches | LoaderBatches, # likewise
 ) -> None:
     "Raises unless these are images of all classes of the model."
-    unnamed = model.classes == [str(i) for i in range(model.n_classes)]     # not trained by fit
-    same = unnamed or batches.classes == model.classes
-    if len(batches.classes) != model.n_classes or not same:
+    if len(batches.classes) != model.n_classes:
         raise ValueError(f"the model tells {model.classes} apart, the data has {batches.classes}; "
-                         "pass all classes in that order")
+                         "pass data of all its classes")
     check_channels(model, batches)
     if isinstance(batches, LoaderBatches): return
     check_samples(batches.labels.bincount(minlength=model.n_classes), batches.classes)
@@ -184,9 +184,12 @@ def decompose(
     check_range('samples', samples, 2, integer=True)
     batches = as_batches(batches, device=device_of(model), n_classes=model.n_classes)
     check_decompose(model, batches)
+    batches = matched(batches.plain(), model)
     classes = list(batches.classes)
     kept = model.method.kernels_of_classes(model)
-    if kept is not None: return known_parts(model, kept, classes, threshold, samples)
-    counter = count_masks(model, batches.plain().to(device_of(model)), samples, show_progress)
-    check_samples(counter.seen, classes)
-    return counted_parts(model, counter, classes, threshold, samples)
+    if kept is None:
+        counter = count_masks(model, batches.to(device_of(model)), samples, show_progress)
+        check_samples(counter.seen, classes)
+        parts = counted_parts(model, counter, classes, threshold, samples)
+    else: parts = known_parts(model, kept, classes, threshold, samples)
+    return replace(parts, signature=signature_of(model) or batches.signature)

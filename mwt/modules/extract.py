@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from ..core.checks import check_range
 from ..core.nets import evaluating
+from ..core.signature import normalise, signature_of
 from ..measure import count_flops, count_params
 from ..methods.modular import ModularModel, fixed_masks
 from .module import SlimModule, as_module
@@ -38,8 +39,9 @@ def _check_parts(model: ModularModel, parts: Parts) -> None:
     if not isinstance(model, ModularModel):
         raise TypeError(f"{type(model).__name__} is not a modular model; "
                         "extract from the one that was decomposed")
-    unnamed = model.classes == [str(i) for i in range(model.n_classes)]     # not trained by fit
-    same = len(parts.classes) == model.n_classes and (unnamed or parts.classes == model.classes)
+    known = signature_of(model)
+    same = len(parts.classes) == model.n_classes
+    if known is not None: same = parts.classes == known.classes
     if same and model.kernels == parts.sizes: return
     raise ValueError('these parts are of another model: layers, kernels or classes differ; '
                      'decompose this model first')
@@ -66,13 +68,18 @@ def check_exact(
     x: Tensor, # (batch, channels, height, width)
 ) -> None:
     "Raises `ValueError` unless the module computes what the model computes with the same masks."
-    expected, scale = masked_logits(model, masks, rows, x)
+    expected, scale = masked_logits(model, masks, rows, _as_model_takes(module, x))
     with evaluating(module): error = (module(x) - expected).abs().max()
     if error <= TOLERANCE * scale: return               # not so for NaN
     raise ValueError(f"the cut is not exact for this network: module and masked model differ by "
                      f"{error:.2g}, where logits are of size {expected.abs().max():.2g}. Something "
                      "behind a masked layer turns zeros into other values; leave the layers before "
                      "it unmasked (filter_fn)")
+
+def _as_model_takes(module: SlimModule, x: Tensor) -> Tensor:
+    "What a module makes of pixels before anything else."
+    if not module.takes_pixels: return x
+    return normalise(x, module.pixel_mean, module.pixel_std)
 
 def masked_logits(
     model: ModularModel, # a modular model
@@ -105,8 +112,9 @@ def extract(
     slim = model.cut(masks)
     keep_outputs_(slim, model.head, rows)
     names = [parts.classes[r] for r in rows]
-    module = as_module(slim, names, model.input_shape, _cost(model))
-    check_exact(module, model, masks, rows, model.example())
+    known = signature_of(model) or parts.signature
+    module = as_module(slim, names, model.input_shape, _cost(model), known)
+    check_exact(module, model, masks, rows, _example(module, model))
     return fold_norms(module) if fuse else module
 
 def _masks_to_keep(
@@ -119,6 +127,11 @@ def _masks_to_keep(
         raise ValueError('round_to: the masks of this method do not belong to layers; '
                          'leave round_to at 1')
     return round_masks(model.channels, masks, joining_order(model, parts, rows), round_to)
+
+def _example(module: SlimModule, model: ModularModel) -> Tensor:
+    "Images as the module takes them: pixels, or numbers around zero."
+    x = model.example()
+    return x.sigmoid() if module.takes_pixels else x
 
 def _cost(model: ModularModel) -> dict[str, int]:
     "Parameters and flops of the full model."

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from ..core.files import load_tensors, save_tensors
 from ..core.nets import device_of
+from ..core.signature import Signature, Signed, normalise, weights_of
 from ..channels.rules import RULES, STOCHASTIC_DEPTH, full_name
 from ..channels.trace import trace
 
@@ -232,7 +234,7 @@ def _only_results(step: Mapping[str, Any]) -> list[str] | None:
     return None if step['kwargs'] or len(results) < len(step['args']) else results
 
 # %% ../../nbs/08_modules/04_module.ipynb #50cb7008
-class SlimModule(nn.Module):
+class SlimModule(Signed):
     "A module: a slim network on its own. Made by `extract`, `compose` and `load_module`."
     def __init__(self,
         description: Mapping[str, Any], # classes, input shape, layers, tensors, steps; JSON-able
@@ -244,6 +246,21 @@ class SlimModule(nn.Module):
             value = torch.empty(tensor['shape'])
             _put(self, name, nn.Parameter(value) if tensor['parameter'] else value)
         self._steps = ready_steps(description)
+
+    @property
+    def signature(self) -> Signature:
+        "What it takes and answers; parts of a composed module may each normalise in their own way."
+        found = [getattr(self, name, None) for name in STATISTICS]
+        mean, std = (None if t is None or t.is_meta else t.tolist() for t in found)
+        shape = list(self.input_shape) if 'pixels' in self.description else None
+        return Signature(self.classes, shape, mean, std)
+
+    @signature.setter
+    def signature(self, other: Signature | None) -> None:
+        "A module's own stays. Raises `ValueError` for that of a module of other classes."
+        if other is None or list(other.classes) == self.classes: return
+        raise ValueError(f"these weights are of a module of {list(other.classes)}, and this one is of "
+                         f"{self.classes}; take a module of the same classes in the same order")
 
 def _put(root: nn.Module, path: str, item: nn.Module | nn.Parameter | Tensor) -> None:
     "Put a layer, parameter or buffer at a dotted path, with containers on the way."
@@ -265,6 +282,11 @@ def classes(self: SlimModule) -> list[str]:
 def input_shape(self: SlimModule) -> tuple[int, ...]:
     "Channels, height and width of the images that it takes."
     return tuple(self.description['input_shape'])
+
+@patch(as_prop=True)
+def takes_pixels(self: SlimModule) -> bool:
+    "Does it normalise by itself? Otherwise it takes images as its model did in training."
+    return self.description.get('pixels', False)
 
 @patch(as_prop=True)
 def full(self: SlimModule) -> dict[str, int] | None:
@@ -317,20 +339,56 @@ def forward(self: SlimModule,
         for name in step.done: results.pop(name, None)
     raise ValueError('the description of this module has no output')
 
+# %% ../../nbs/08_modules/04_module.ipynb #1cb70c18
+def renamed(
+    value: Any, # an encoded argument, or a list of them
+    names: Mapping[str, str], # step -> its new name
+) -> Any: # the same with the new names
+    "An encoded argument whose steps have other names."
+    if isinstance(value, list): return [renamed(v, names) for v in value]
+    if not isinstance(value, dict): return value
+    return {k: names[v] if k == 'step' else renamed(v, names) for k, v in value.items()}
+
+# %% ../../nbs/08_modules/04_module.ipynb #b747f14c
+STATISTICS = 'pixel_mean', 'pixel_std'      # tensors of a module that takes pixels
+FUNCTIONS['normalise'] = normalise
+
+def taking_pixels(
+    description: Mapping[str, Any], # of a module that takes normalised images
+) -> dict[str, Any]: # of the same behind a normalisation
+    "A description that begins with a normalisation."
+    d = dict(description)
+    first, *rest = d['steps']
+    reads = [{'step': name} for name in (first['name'], *STATISTICS)]
+    new = [dict(name=name, kind='tensor', target=name, args=[], kwargs={}) for name in STATISTICS]
+    new.append(dict(name='normalised', kind='function', target='normalise', args=reads, kwargs={}))
+    for step in (s for s in rest if s['name'] in {n['name'] for n in new}):
+        raise ValueError(f"the network has a step {step['name']!r}, which the module needs for itself; "
+                         "give it another name")
+    names = {s['name']: s['name'] for s in d['steps']} | {first['name']: 'normalised'}
+    rest = [dict(s, args=renamed(s['args'], names), kwargs=renamed(s['kwargs'], names)) for s in rest]
+    tensors = {name: dict(shape=[d['input_shape'][0]], parameter=False) for name in STATISTICS}
+    return d | dict(steps=[first, *new, *rest], tensors=d['tensors'] | tensors, pixels=True)
+
 # %% ../../nbs/08_modules/04_module.ipynb #b9e45722
 def as_module(
     model: nn.Module, # a plain, traceable network; not changed
     classes: Sequence[str], # names of its outputs
     input_shape: Sequence[int], # (channels, height, width)
     full: Mapping[str, int] | None = None, # `params` and `flops` of the model it was cut from
+    signature: Signature | None = None, # how images were normalised; `None`: as the network takes them
 ) -> SlimModule: # computes the same in eval mode; holds copies of the weights
     "Turn a network into a module. Raises `ValueError` for what a module cannot hold."
     steps = describe_steps(model)
     about = dict(classes=list(classes), input_shape=list(input_shape), full=full and dict(full))
-    about |= _layers_and_tensors(model, steps) | dict(steps=steps)
+    about |= _layers_and_tensors(model, steps) | dict(steps=steps, pixels=False)
+    state = dict(model.state_dict())
+    if signature is not None and signature.mean is not None:
+        about = taking_pixels(about)
+        like = next(model.parameters())
+        state |= dict(zip(STATISTICS, like.new_tensor([signature.mean, signature.std])))
     with torch.device('meta'): module = SlimModule(about)
-    state = model.state_dict()
-    weights = {name: state[name].contiguous().clone() for name in module.state_dict()}
+    weights = {name: state[name].contiguous().clone() for name in weights_of(module)}
     module.load_state_dict(weights, assign=True)
     return module.to(device_of(model)).eval()
 
@@ -356,7 +414,7 @@ def save_module(
     if not isinstance(module, SlimModule):
         raise TypeError(f"{type(module).__name__} is not an extracted module; "
                         "use extract, or as_module for a plain network")
-    return save_tensors(path, 'module', module.state_dict(), module.description)
+    return save_tensors(path, 'module', weights_of(module), module.description)
 
 # %% ../../nbs/08_modules/04_module.ipynb #5e4b8cfc
 class CheckedIndices(TorchFunctionMode):
@@ -413,4 +471,7 @@ def load_module(
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} does not describe a module that this version of mwt can make: "
                          f"{e}") from e
+    if 'pixels' not in description:
+        warnings.warn(f'{path} is of mwt 0.1.0 and does not say how images were normalised; give the '
+                      'module images that are normalised as in the training of its model')
     return module.to(device).eval()

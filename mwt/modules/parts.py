@@ -5,7 +5,7 @@
 # %% ../../nbs/08_modules/02_parts.ipynb #44bdd40e
 from __future__ import annotations
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.checks import check_choice
 from ..core.display import Table, percent
 from ..core.files import load_tensors, save_tensors
+from ..core.signature import Signature, as_signature
 from .modularity import jaccard, jaccard_coupling, kernel_retention
 
 # %% auto #0
@@ -32,6 +33,7 @@ class Parts:
     thresholds: Tensor      # (classes, layers), where each threshold ended
     cohesion: Tensor        # (classes,), mean Jaccard index of sample pairs, within `kept`
     samples: int            # samples of a class that cohesion was measured on, at most
+    signature: Signature | None = None  # what the model takes and answers
 
 # %% ../../nbs/08_modules/02_parts.ipynb #0a8368c8
 @patch
@@ -158,6 +160,7 @@ def save_parts(
     "Write parts to a file, atomically."
     tensors = {name: getattr(parts, name) for name in TENSORS}
     about = dict(classes=parts.classes, sizes=parts.sizes, samples=parts.samples)
+    about |= dict(signature=parts.signature and asdict(parts.signature))
     return save_tensors(path, 'parts', tensors, about)
 
 # %% ../../nbs/08_modules/02_parts.ipynb #c718230a
@@ -168,6 +171,7 @@ def load_parts(
     tensors, about = load_tensors(path, 'parts')
     if 'kept' not in tensors and 'modules' in tensors: tensors['kept'] = tensors.pop('modules')
     try:
+        about['signature'] = as_signature(about.get('signature'))
         parts = Parts(**about, **tensors)
         _check_shapes(parts)
     except (TypeError, AttributeError, ValueError) as e:

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..channels.cut import kept_channels
 from ..channels.mapping import ChannelMap
 from ..core.nets import evaluating
+from ..core.signature import weights_of
 from ..methods.modular import ModularModel
 from .module import SlimModule, describe_layer, steps_used
 from .parts import Parts
@@ -55,7 +56,7 @@ def fold_norms(
     "Fold batch norms into the convolutions before them, as they are in eval mode."
     d = module.description
     layers = dict(d['layers'])
-    state = module.state_dict()
+    state = weights_of(module)
     renamed = {}                                # step of a convolution -> step of its norm
     for conv, norm in foldable(d):
         with evaluating(module): fused = _fused(module, conv['target'], norm['target'])
@@ -65,7 +66,7 @@ def fold_norms(
         renamed[conv['name']] = norm['name']
     steps = _without_norms(d['steps'], renamed)
     with torch.device('meta'): folded = SlimModule(dict(d, layers=layers, steps=steps))
-    folded.load_state_dict({k: state[k].clone() for k in folded.state_dict()}, assign=True)
+    folded.load_state_dict({k: state[k].clone() for k in weights_of(folded)}, assign=True)
     return folded.eval()
 
 def _fused(module: SlimModule, conv: str, norm: str) -> torch.nn.Module:

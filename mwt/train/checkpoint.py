@@ -4,11 +4,14 @@
 
 # %% ../../nbs/07_train/02_checkpoint.ipynb #6dae78fd
 from __future__ import annotations
+import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from torch import Tensor, nn
 from ..core.files import load_tensors, save_tensors
+from ..core.signature import Signature, Signed, as_signature, signature_of, weights_of
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint']
@@ -32,7 +35,9 @@ def save_checkpoint(
 ) -> Path: # the path
     "Write a network's weights, atomically."
     about = dict(about or {}) | ask(model, 'about', otherwise={})
-    return save_tensors(path, 'checkpoint', model.state_dict(), about)
+    known = signature_of(model)
+    about |= dict(signature=known and asdict(known))
+    return save_tensors(path, 'checkpoint', weights_of(model), about)
 
 # %% ../../nbs/07_train/02_checkpoint.ipynb #54d045e5
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
@@ -45,7 +50,7 @@ def misfit(
     about: Mapping[str, Any], # what the file says beside them
 ) -> str: # empty where all fits
     "What does not fit."
-    wanted = model.state_dict()
+    wanted = weights_of(model)
     for name in [*wanted, *weights]:
         here = _shape(wanted, name)
         there = _shape(weights, name)
@@ -54,6 +59,19 @@ def misfit(
     classes = about.get('classes')
     if known is None or (isinstance(classes, list) and len(classes) == len(known)): return ''
     return f"it tells {len(known)} classes apart, the file {classes}"
+
+# %% ../../nbs/07_train/02_checkpoint.ipynb #bc5c2d89
+def sign(
+    model: nn.Module, # whose weights have just been loaded; changed in place
+    about: Mapping[str, Any], # what a file says beside them
+    path: str | Path, # of that file
+) -> None:
+    "Note what the network takes and answers. Raises `ValueError` where a file says nonsense of it."
+    if 'signature' in about: model.signature = as_signature(about['signature'])
+    elif isinstance(model, Signed) and isinstance(about.get('classes'), list):
+        model.signature = Signature(list(about['classes']))
+        warnings.warn(f'{path} is of mwt 0.1.0 and does not say how images were normalised; '
+                      'give the network images that are normalised as in its training')
 
 # %% ../../nbs/07_train/02_checkpoint.ipynb #6e71092d
 def load_checkpoint(
@@ -66,5 +84,5 @@ def load_checkpoint(
     if fault := misfit(model, weights, about):
         raise ValueError(f"{path} holds the weights of another network: {fault}")
     model.load_state_dict(weights)
-    if 'classes' in ask(model, 'about', otherwise={}): model.classes = about['classes']
+    sign(model, about, path)
     return about

@@ -18,8 +18,9 @@ from ..core.display import percent, progress
 from ..core.files import load_tensors, save_tensors
 from ..core.nets import evaluating, logits_of, memory_format
 from ..core.processes import global_sum, rank_and_size
+from ..core.signature import signature_of, weights_of
 from ..data.batches import ImageData
-from ..data.loaders import as_image_data
+from ..data.loaders import as_image_data, matched_data
 from ..channels.trace import input_channels
 from ..methods.base import METHODS, describe_method, make_method
 from ..measure import check_channels, evaluate, n_outputs
@@ -94,7 +95,7 @@ def found_data(
     "A copy of the data on the device of the run. Raises `TypeError` or `ValueError` for what is none."
     n_classes = None if isinstance(data, ImageData) else n_outputs(model)
     data = as_image_data(data, device=device, n_classes=n_classes)
-    return data.to(data.device if device is None else device)
+    return matched_data(data.to(data.device if device is None else device), model)
 
 # %% ../../nbs/07_train/04_fit.ipynb #19423d9a
 def is_best(
@@ -137,7 +138,7 @@ def check_finite(self: Fit,
     remedy = f'try a lower lr than {self.run.config.lr:g}'
     if not math.isfinite(row['loss']):
         raise FloatingPointError(f"the loss became {row['loss']} in epoch {epoch}; {remedy}")
-    finite = torch.stack([t.isfinite().all() for t in self.model.state_dict().values()])
+    finite = torch.stack([t.isfinite().all() for t in weights_of(self.model).values()])
     if not finite.all():
         raise FloatingPointError(f"weights became infinite or NaN in epoch {epoch}; {remedy}")
 
@@ -149,7 +150,7 @@ def keep_best(self: Fit) -> None:
     ready = [ask(self.model, 'ready', row['epoch'] / self.epochs, otherwise=True) for row in rows]
     if not is_best(self.history.series('valid_accuracy'), ready): return
     epoch = self.history.best_epoch = rows[-1]['epoch']
-    self.best = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+    self.best = {name: t.detach().clone() for name, t in weights_of(self.model).items()}
     if self.checkpoint is None or not is_first(): return
     about = dict(epoch=epoch, valid_accuracy=rows[-1]['valid_accuracy'])
     save_checkpoint(self.model, self.checkpoint, about)
@@ -278,7 +279,7 @@ def _prepared(
     "A run at its start: memory order and class names are those of training."
     format = memory_format(model, torch.zeros(2, *data.shape, device=data.device))
     model.to(memory_format=format)
-    if 'classes' in ask(model, 'about', otherwise={}): model.classes = list(data.classes)
+    if signature_of(model) is None: model.signature = data.train.signature
     return Trainer(model, config, steps, compile, format)
 
 # %% ../../nbs/07_train/04_fit.ipynb #a91d3647

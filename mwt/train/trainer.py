@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from ..core.nets import device_of, evaluating, logits_of, memory_format
 from ..core.processes import GlobalNorms, global_sum, rank_and_size
+from ..core.signature import weights_of
 from ..methods.base import cross_entropy
 from .checkpoint import ask
 from .history import TrainConfig, lr_factor
@@ -213,8 +214,8 @@ def shrink_(self: Trainer,
 @torch.no_grad()
 def write_back(self: Trainer) -> None:
     "Bring the model up to date."
-    small = self.net.state_dict()
-    model = self.model.state_dict()
+    small = weights_of(self.net)
+    model = weights_of(self.model)
     for name, at in self.origins.items():
         model[name].copy_(_spread(small[name], at, over=model[name]))
 
@@ -276,7 +277,7 @@ def those_of(
 @patch
 def state(self: Trainer) -> dict[str, Tensor]: # names begin with model, momentum or random
     "What a run depends on, apart from its settings."
-    model = prefixed('model', self.model.state_dict())
+    model = prefixed('model', weights_of(self.model))
     momentum = prefixed('momentum', self.momentum())
     return model | momentum | prefixed('random', self.random_state())
 
