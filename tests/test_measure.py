@@ -142,7 +142,7 @@ def test_a_network_that_knows_some_classes_is_judged_on_those(images: tuple[Tens
     batches = Batches((x * 255).byte(), labels, ['a', 'b', 'c'], 5, mean=torch.zeros(3), std=torch.ones(3))
     assert n_outputs(net) == 2
     assert confusion(net, batches).sum() == 8
-    with pytest.raises(ValueError, match=r"unknown class 'b'.*known: c, a"):
+    with pytest.raises(ValueError, match=r"unknown class 'b'.*known: 'c', 'a'"):
         confusion(net, batches, ['a', 'b'])
 
 

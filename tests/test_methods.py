@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from mwt.data.batches import ImageData
 from mwt.core.signature import normalise
+from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.measure import evaluate
 from mwt.methods.base import METHODS, Method, describe_method, make_method
@@ -65,8 +65,9 @@ def test_slim_equals_masked(trained: Trained, classes: list[str]) -> None:
     model, parts = trained.model.eval(), trained.parts
     module, masks = extract(model, parts, classes), union_masks(parts, classes)
     x = torch.rand(8, *model.input_shape, generator=torch.Generator().manual_seed(1))
+    taken = normalise(x, module.pixel_mean, module.pixel_std)
     with torch.no_grad(), fixed_masks(model, masks):
-        wanted = model(normalise(x, module.pixel_mean, module.pixel_std))[:, [parts.classes.index(c) for c in classes]]
+        wanted = model(taken)[:, [parts.classes.index(c) for c in classes]]
     with torch.no_grad(): found = module(x)
     assert wanted.std() > 0
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())

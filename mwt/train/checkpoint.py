@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from torch import Tensor, nn
 from ..core.files import load_tensors, save_tensors
-from ..core.signature import Signature, Signed, as_signature, signature_of, weights_of
+from ..core.signature import (
+    EXTRA, Signature, Signed, as_signature, signature_of, weights_of)
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint']
@@ -51,7 +52,7 @@ def misfit(
 ) -> str: # empty where all fits
     "What does not fit."
     wanted = weights_of(model)
-    for name in [*wanted, *weights]:
+    for name in [*wanted, *(name for name in weights if name != EXTRA)]:
         here = _shape(wanted, name)
         there = _shape(weights, name)
         if here != there: return f"{name} is {here} in the network, {there} in the file"
