@@ -19,7 +19,7 @@ from ..core.display import Table, _spell, progress
 from ..core.signature import Signature
 from .augment import Augment
 from .labels import check_labels, class_indices, split_by_class
-from .streams import ImageFiles
+from .streams import ImageFiles, splits_fingerprint
 
 # %% auto #0
 __all__ = ['Batches', 'ImageData', 'from_tensors']
@@ -408,6 +408,7 @@ class ImageData(SplitData):
     train: Batches # shuffled and augmented
     valid: Batches # held out of the training samples, for choosing
     test: Batches # for reporting, once
+    fingerprint: str | None = None # of the images that it was made of, before any split or subset
 
     def __repr__(self) -> str:
         channels, height, width = self.train.shape
@@ -466,14 +467,16 @@ def subset(self: ImageData,
     classes: str | int | Sequence[str | int], # names or indices, in the order of the new labels
 ) -> ImageData:
     "Only some classes, with labels renumbered in the order given."
-    return ImageData(*[batches.subset(classes) for batches in self.splits().values()])
+    fewer = [batches.subset(classes) for batches in self.splits().values()]
+    return ImageData(*fewer, self.fingerprint)
 
 @patch
 def to(self: ImageData,
     device: str | torch.device | None, # `None` picks CUDA where there is one
 ) -> ImageData:
     "The same data on another device."
-    return ImageData(*[batches.to(device) for batches in self.splits().values()])
+    moved = [batches.to(device) for batches in self.splits().values()]
+    return ImageData(*moved, self.fingerprint)
 
 @patch
 def shard(self: ImageData,
@@ -481,7 +484,8 @@ def shard(self: ImageData,
     world: int, # how many processes share the batches
 ) -> ImageData:
     "This process's share of all three."
-    return ImageData(*[batches.shard(rank, world) for batches in self.splits().values()])
+    mine = [batches.shard(rank, world) for batches in self.splits().values()]
+    return ImageData(*mine, self.fingerprint)
 
 # %% ../../nbs/02_data/05_batches.ipynb #ce2035de
 def _in_turn(
@@ -650,6 +654,9 @@ def from_tensors(
     given = dict(train=train, test=test)
     if isinstance(valid, tuple): given['valid'] = valid
     splits = _check_splits(given, classes)
+    fingerprint = splits_fingerprint(splits, classes)
     if 'valid' not in splits: splits = _hold_out(splits, classes, valid, seed)
     augment = _choose_augment(augment, splits['train'][0].shape)
-    return _make_data(splits, classes, batch_size, seed, augment, device, show_progress)
+    data = _make_data(splits, classes, batch_size, seed, augment, device, show_progress)
+    data.fingerprint = fingerprint
+    return data

@@ -4,38 +4,89 @@
 
 # %% ../../nbs/02_data/03_folders.ipynb #c5bf83d8
 from __future__ import annotations
+import errno
 import hashlib
 import json
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from ..core.checks import nearest
 from ..core.display import progress
 from ..core.files import load_tensors, save_tensors
+from ..core.processes import rank_and_size
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/02_data/03_folders.ipynb #20a86f29
+class Entries(NamedTuple):
+    "What a folder holds, sorted by name."
+    folders: list[os.DirEntry]
+    images: list[os.DirEntry] # by their suffixes
+    others: list[tuple[str, str]] # everything else: its kind, its name
+
+def _kind_of(
+    entry: os.DirEntry, # in a folder
+    readable: set[str], # suffixes
+) -> str: # 'folder', 'image', or what else it is, in words
+    "What an entry is, without opening it."
+    if entry.is_dir(): return 'folder'
+    if not entry.is_file(): return 'links that lead nowhere, and devices'
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix in readable: return 'image'
+    return f'files ending in {suffix}' if suffix else 'files without a suffix'
+
+# %% ../../nbs/02_data/03_folders.ipynb #868b1b57
 def _entries(
     folder: Path, # where to look
-) -> tuple[list[os.DirEntry], list[os.DirEntry]]: # sub-folders; image files
-    "What a folder holds, sorted by name."
+) -> Entries:
+    "What a folder holds, hidden files apart."
     Image.init()
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    by_windows = 'thumbs.db', 'desktop.ini'
     with os.scandir(folder) as found:
-        seen = sorted((e for e in found if not e.name.startswith('.')), key=lambda e: e.name)
-    suffix = {e: os.path.splitext(e.name)[1].lower() for e in seen}
-    images = [e for e in seen if suffix[e] in readable and e.is_file()]
-    return [e for e in seen if e.is_dir()], images
+        seen = [e for e in found if e.name[0] != '.' and e.name.lower() not in by_windows]
+    kinds = [(_kind_of(e, readable), e) for e in sorted(seen, key=lambda e: e.name)]
+    others = [(kind, e.name) for kind, e in kinds if kind not in ('folder', 'image')]
+    def of(wanted: str) -> list[os.DirEntry]: return [e for kind, e in kinds if kind == wanted]
+    return Entries(of('folder'), of('image'), others)
+
+# %% ../../nbs/02_data/03_folders.ipynb #25dc784c
+def _printable(
+    path: str | Path, # perhaps with bytes that are no UTF-8
+) -> str:
+    "A path that can be printed."
+    return os.fsencode(path).decode('utf-8', 'backslashreplace')
+
+def _by_kind(
+    left_out: Sequence[tuple[str, str]], # kind and path of each
+) -> str:
+    "What was left out, kind by kind."
+    counts = Counter(kind for kind, _ in left_out)
+    first = dict(reversed(left_out))
+    said = [f'{kind}: {n} (first: {_printable(first[kind])})' for kind, n in counts.items()]
+    return '; '.join(said)
+
+def _say_left_out(
+    folder: Path, # the images' folder
+    left_out: Sequence[tuple[str, str]], # kind and path of each
+) -> None:
+    "Warns once, in one process, about files and folders that are not used."
+    if not left_out or rank_and_size()[0]: return
+    warnings.warn(f"{folder}: not all is used. Left out are {_by_kind(left_out)}. Images count if "
+                  "Pillow reads their format and they lie directly in a class folder")
 
 # %% ../../nbs/02_data/03_folders.ipynb #ee898f74
 @dataclass(frozen=True)
@@ -44,46 +95,76 @@ class ImageFile:
     path: str # relative to the folder
     label: int # index of its class
     bytes: int # size of the file
-    changed: int # when it was last changed, in nanoseconds
+    changed: int # when its content was last changed, in nanoseconds
+    moved: int = 0 # when it was last changed, renamed or replaced, in nanoseconds
 
 def _image_file(
     entry: os.DirEntry, # an image
     path: str, # relative to the folder
     label: int, # index of its class
 ) -> ImageFile:
-    "A file's size and date, without opening it."
+    "A file's size and dates, without opening it."
     facts = entry.stat()
-    return ImageFile(path, label, facts.st_size, facts.st_mtime_ns)
+    return ImageFile(path, label, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 # %% ../../nbs/02_data/03_folders.ipynb #ca36f96a
+def _check_name(
+    path: str | Path, # of a folder
+    what: str, # what to call it
+) -> None:
+    "Raises `ValueError` for a name that is not UTF-8."
+    try: str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {os.fsencode(path)!r} is not named in UTF-8, but perhaps in "
+                         "Latin-1; rename it, by hand or with a tool such as convmv") from None
+
 def _class_folders(
     where: Path, # holds a folder for each class
-) -> list[os.DirEntry]:
-    "The folders of the classes. Raises `ValueError` for less than two."
-    folders, images = _entries(where)
+) -> Entries:
+    "The folders of the classes. Raises `ValueError` for less than two, or an unreadable name."
+    found = _entries(where)
     layout = "put each class's images into a folder of its own: cat/*.jpg, dog/*.jpg"
-    if len(folders) == 1:
-        raise ValueError(f"{where} holds one class folder only, {folders[0].name!r}; {layout}")
-    if not folders:
-        found = 'images but no class folders' if images else 'no class folders'
-        raise ValueError(f"{where} holds {found}; {layout}")
-    return folders
+    names = [e.name for e in found.folders]
+    if len(names) == 1:
+        raise ValueError(f"{where} holds one class folder only, {names[0]!r}; {layout}")
+    if not names:
+        kind = 'images but no class folders' if found.images else 'no class folders'
+        raise ValueError(f"{where} holds {kind}; {layout}")
+    for name in names: _check_name(name, 'class folder')
+    return found
 
 # %% ../../nbs/02_data/03_folders.ipynb #5ec739b0
+def _class_files(
+    kind: os.DirEntry, # the folder of a class
+    path: str, # where it is, relative to the images' folder
+    label: int, # index of the class
+) -> tuple[list[ImageFile], list[tuple[str, str]]]: # images; kind and path of what is left out
+    "The files of a class. Raises `ValueError` if none is an image."
+    found = _entries(Path(kind.path))
+    left_out = [(other, os.path.join(path, name)) for other, name in found.others]
+    left_out += [('sub-folders of classes', os.path.join(path, e.name)) for e in found.folders]
+    if not found.images:
+        why = f' (left out: {_by_kind(left_out)})' if left_out else ''
+        raise ValueError(f"class folder {kind.path} holds no image{why}; add some, "
+                         "or remove the folder")
+    images = [_image_file(e, os.path.join(path, e.name), label) for e in found.images]
+    return images, left_out
+
+# %% ../../nbs/02_data/03_folders.ipynb #203b0b40
 def _list_classes(
     folder: Path, # the images' folder
-    tree: str, # 'train', 'test' or 'valid'; '' for the folder itself
-) -> tuple[list[str], list[ImageFile]]: # class names; files, class by class
-    "Class names and files of `folder/tree/<class>/*`."
-    folders = _class_folders(folder / tree)
+    tree: str, # name of the split's folder; '' for the folder itself
+) -> tuple[list[str], list[ImageFile], list[tuple[str, str]]]: # classes; files; what is left out
+    "Class names and files of `folder/tree/<class>/*`, class by class."
+    found = _class_folders(folder / tree)
+    beside = 'images beside the class folders'
+    left_out = [(beside, os.path.join(tree, e.name)) for e in found.images]
     files = []
-    for label, kind in enumerate(folders):
-        images = _entries(Path(kind.path))[1]
-        if not images:
-            raise ValueError(f"class folder {kind.path} holds no image; add some, "
-                             "or remove the folder")
-        files += [_image_file(e, os.path.join(tree, kind.name, e.name), label) for e in images]
-    return [kind.name for kind in folders], files
+    for label, kind in enumerate(found.folders):
+        images, others = _class_files(kind, os.path.join(tree, kind.name), label)
+        files += images
+        left_out += others
+    return [kind.name for kind in found.folders], files, left_out
 
 # %% ../../nbs/02_data/03_folders.ipynb #4fca4137
 def _check_same_classes(
@@ -101,34 +182,79 @@ def _check_same_classes(
                      f"{nearest(odd[0], known)}; both need the same class folders")
 
 # %% ../../nbs/02_data/03_folders.ipynb #10349278
+SPLIT_NAMES = dict(train='train', training='train', test='test', testing='test',
+                   valid='valid', val='valid', validation='valid')
+
+def _named_like_splits(
+    folder: Path, # the images' folder
+) -> dict[str, list[str]]: # names of folders, by split; in the order train, test, valid
+    "Which folders could be splits, by their names."
+    found: dict[str, list[str]] = dict(train=[], test=[], valid=[])
+    for entry in _entries(folder).folders:
+        split = SPLIT_NAMES.get(entry.name.lower())
+        if split: found[split].append(entry.name)
+    return {split: names for split, names in found.items() if names}
+
+def _only_one(
+    folder: Path, # the images' folder
+    split: str, # 'train', 'test' or 'valid'
+    names: list[str], # folders named like it
+) -> str: # the one with class folders
+    "The folder of a split. Raises `ValueError` if several could be it."
+    full = [name for name in names if _entries(folder / name).folders] or names
+    if len(full) == 1: return full[0]
+    both = ' and '.join(f'{name}/' for name in full)
+    raise ValueError(f"{folder} has {both}, which all mean the {split} split; keep one of them, "
+                     "or merge them")
+
+# %% ../../nbs/02_data/03_folders.ipynb #6e7ef331
 def _splits_of(
     folder: Path, # the images' folder
-) -> list[str]: # of 'train', 'test' and 'valid'; none for a single tree
+) -> dict[str, str]: # 'train', 'test', perhaps 'valid' -> its folder; empty for a single tree
     "The splits that a folder has. Raises `ValueError` for one half without the other."
-    splits = [split for split in ('train', 'test', 'valid') if (folder / split).is_dir()]
-    halves = {'train', 'test'} & set(splits)
-    if len(halves) == 2: return splits
-    if not any(_entries(folder / half)[0] for half in halves): return []
-    missing, = {'train', 'test'} - halves
-    raise ValueError(f"{folder} has {splits[0]}/ but no {missing}/; add it, or put all class "
+    named = _named_like_splits(folder)
+    halves = [half for half in ('train', 'test') if half in named]
+    if len(halves) == 2: return {s: _only_one(folder, s, names) for s, names in named.items()}
+    inside = [_entries(folder / name) for half in halves for name in named[half]]
+    if not any(found.folders and not found.images for found in inside): return {}
+    missing, = {'train', 'test'} - set(halves)
+    has = ' and '.join(f'{name}/' for names in named.values() for name in names)
+    raise ValueError(f"{folder} has {has} but no {missing}/; add it, or put all class "
                      "folders into one tree, which is split by seed")
 
 # %% ../../nbs/02_data/03_folders.ipynb #e93f131d
+def _beside_splits(
+    folder: Path, # the images' folder
+    splits: Mapping[str, str], # folders of the splits
+) -> list[tuple[str, str]]: # kind and path
+    "What lies beside the splits and is not used."
+    found = _entries(folder)
+    no_split = 'folders that are neither train, valid nor test'
+    folders = [(no_split, e.name) for e in found.folders if e.name not in splits.values()]
+    return folders + [('images beside the splits', e.name) for e in found.images]
+
 def list_images(
     folder: str | Path, # `train/<class>/*`, `test/...` and perhaps `valid/...`; or `<class>/*`
 ) -> tuple[list[str], dict[str, list[ImageFile]]]: # class names; files of each split, or of 'all'
-    "What a folder of images holds. Opens none of them."
+    "What a folder of images holds. Opens none of them, and warns about what is left out."
     folder = Path(folder)
+    _check_name(folder.resolve(), 'the folder')
     splits = _splits_of(folder)
-    if not splits:
-        classes, files = _list_classes(folder, '')
-        return classes, {'all': files}
-    found = {split: _list_classes(folder, split) for split in splits}
-    classes = found['train'][0]
-    for split, (names, _) in found.items(): _check_same_classes(folder, classes, split, names)
-    return classes, {split: files for split, (_, files) in found.items()}
+    found = {split: _list_classes(folder, tree) for split, tree in (splits or {'all': ''}).items()}
+    classes = next(iter(found.values()))[0]
+    for split, (names, *_) in found.items(): _check_same_classes(folder, classes, split, names)
+    left_out = _beside_splits(folder, splits) if splits else []
+    for *_, others in found.values(): left_out += others
+    _say_left_out(folder, left_out)
+    return classes, {split: files for split, (_, files, _) in found.items()}
 
 # %% ../../nbs/02_data/03_folders.ipynb #d18554a5
+class BrokenImage(ValueError):
+    "A file that cannot be decoded."
+
+class UnclearPixels(ValueError):
+    "Numbers of which nobody has said what is white."
+
 @contextmanager
 def _opened(
     path: str | Path, # an image
@@ -136,40 +262,242 @@ def _opened(
     "An open image; whatever goes wrong with it is a `ValueError` that names the file."
     try:
         with Image.open(path) as image: yield image
+    except MemoryError: raise
+    except UnclearPixels as e: raise UnclearPixels(f'{_printable(path)} {e}') from None
     except Exception as e:      # Pillow's decoders raise whatever they stumble over
-        raise ValueError(f"{path} is not a readable image ({e}); repair or remove it") from e
+        text = f"{_printable(path)} is not a readable image ({e}); repair or remove it"
+        sound = isinstance(e, OSError) and e.errno not in (None, errno.EINVAL)
+        if sound: raise ValueError(text) from e
+        raise BrokenImage(f"{text}, or leave out all such images with skip_broken=True "
+                          "(--skip-broken)") from e
 
 # %% ../../nbs/02_data/03_folders.ipynb #39996d5e
+class Depth(NamedTuple):
+    "How the numbers of a file are stored."
+    kind: str # in words; '' for bytes
+    white: float | None = None # largest value, by the kind of the file; `None`: nothing says it
+    inverted: bool = False # is 0 white?
+
+def _raw_mode(
+    image: Image.Image, # just opened
+) -> str: # such as 'RGB;16B'; '' where Pillow does not say
+    "How the pixels lie in the file."
+    if not image.tile: return ''
+    raw = image.tile[0][3]
+    if isinstance(raw, tuple) and raw: raw = raw[0]
+    return raw if isinstance(raw, str) else ''
+
+# %% ../../nbs/02_data/03_folders.ipynb #32c8c13a
+_BITS, _PHOTOMETRIC, _PLANES, _SAMPLES = 258, 262, 284, 339      # tags of a TIFF
+
+def _check_tags(
+    image: Image.Image, # just opened
+    tags: Mapping[int, Any], # of a TIFF; empty otherwise
+    bits: int, # of a channel
+) -> None:
+    "Raises `UnclearPixels` for what Pillow reads wrongly without an error."
+    remedy = 'convert it to unsigned 8 bits'
+    if image.mode == 'L' and tags.get(_SAMPLES) == (2,):
+        raise UnclearPixels(f'holds signed bytes; {remedy}')
+    if image.mode[0] not in 'IF' and bits > 8 and tags.get(_PLANES) == 2:
+        raise UnclearPixels(f'holds {bits}-bit colours, plane by plane; {remedy}')
+
+def _ppm_white(
+    image: Image.Image, # just opened
+) -> int: # 0 for other formats
+    "The white that a PPM names; Pillow has scaled by it."
+    if image.format != 'PPM' or image.mode != 'RGB': return 0
+    args = image.tile[0][3]
+    return args[-1] if isinstance(args, tuple) and isinstance(args[-1], int) else 0
+
+def _depth(
+    image: Image.Image, # just opened, nothing decoded
+) -> Depth:
+    "How the numbers of an image are stored. Raises `UnclearPixels` where Pillow errs."
+    raw, mode = _raw_mode(image), image.mode
+    tags = getattr(image, 'tag_v2', {})
+    bits = max(tags.get(_BITS, (8,)))
+    _check_tags(image, tags, bits)
+    inverted = tags.get(_PHOTOMETRIC) == 0
+    if raw == 'I;12': return Depth('12-bit values', 4095, inverted)
+    scaled_by_pillow = mode == 'I' and image.format in ('PNG', 'PPM')
+    if mode[:4] == 'I;16' or scaled_by_pillow: return Depth('16-bit values', 65535, inverted)
+    if mode == 'F': return Depth('floats', None, inverted)
+    if mode[0] == 'I': return Depth('32-bit or signed values', None, inverted)
+    deep = ';16' in raw or bits > 8 or _ppm_white(image) > 255
+    return Depth('16-bit colours', 65535) if deep else Depth('')
+
+# %% ../../nbs/02_data/03_folders.ipynb #e7bdfdd3
+WHOLE = math.inf    # as `white`: all that the kind of the file has room for
+
+def _likely_white(
+    top: float, # the largest value found
+    depth: Depth, # of its file
+) -> str: # how to say what is white
+    "The smallest usual range that holds a value."
+    usual = [255, 1023, 4095, 16383, 65535]
+    if depth.kind == 'floats': usual = [1, *usual]
+    white = next((w for w in usual if top <= w), top)
+    return f'white={white:g} (--white {white:g})'
+
+def _white_of(
+    top: float, # the largest value found
+    depth: Depth, # of the file
+    white: float | None, # as the user said; `None` for nothing
+) -> float: # the value that becomes 255
+    "What counts as white. Raises `UnclearPixels` where that is a guess."
+    said = white not in (None, WHOLE)
+    if said and top > 1.0001 * white:
+        raise UnclearPixels(f"holds {depth.kind} up to {top:g}, above white={white:g}; "
+                            f"say a larger one, such as {_likely_white(top, depth)}")
+    if said: return white
+    if depth.white is None:
+        raise UnclearPixels(f"holds {depth.kind} up to {top:g}, which have no fixed range; say "
+                            f"which of them is white, for instance {_likely_white(top, depth)}")
+    if white is None and depth.white == 65535 and top < 32768:
+        raise UnclearPixels(f"holds {depth.kind}, but none above {top:g}: read as 16 bits it would "
+                            f"be almost black; say what is white, for instance "
+                            f"{_likely_white(top, depth)}, or white=65535 if it shall be that dark")
+    return depth.white
+
+# %% ../../nbs/02_data/03_folders.ipynb #54077bb7
+def _check_values(
+    values: np.ndarray, # any numbers
+) -> None:
+    "Raises `UnclearPixels` for negative numbers and for what is no number."
+    if not np.isfinite(values).all():
+        raise UnclearPixels('holds values that are no finite numbers; replace them, '
+                            'and convert it to 8 or 16 bits')
+    if values.min() < 0:
+        raise UnclearPixels(f'holds values below 0, down to {values.min():g}; shift them so that '
+                            '0 is black, and convert it to 8 or 16 bits')
+
+def _top(
+    image: Image.Image, # deep, in any mode
+) -> float: # of 16-bit colours, as far as the upper byte tells
+    "The largest value. Raises `UnclearPixels` for what bytes cannot show."
+    if image.mode[0] not in 'IF':
+        return 257. * max(high for _, high in image.convert('RGB').getextrema())
+    values = np.asarray(image)
+    _check_values(values)
+    return float(values.max())
+
+def _to_bytes(
+    image: Image.Image, # in a mode of one deep channel
+    depth: Depth, # of its file
+    white: float | None, # what becomes 255
+) -> Image.Image: # in mode 'L'
+    "Deep greys as bytes."
+    values = np.asarray(image)
+    white = _white_of(_top(image), depth, white)
+    if image.mode == 'F': scaled = np.rint(values * (255 / white))
+    else: scaled = np.floor(values * (256 / (white + 1)))
+    found = scaled.clip(0, 255).astype(np.uint8)
+    if depth.inverted: found = 255 - found
+    if 'transparency' in image.info: found[values == image.info['transparency']] = 255
+    return Image.fromarray(found)
+
+# %% ../../nbs/02_data/03_folders.ipynb #3bd79f8e
 def _is_grey(
     image: Image.Image, # in any mode
 ) -> bool:
     "Does it have one channel, apart from transparency?"
-    return image.mode[0] == 'I' or image.mode in ('1', 'L', 'LA', 'La')
+    return image.mode[0] in 'IF' or image.mode in ('1', 'L', 'LA', 'La')
+
+def _is_transparent(
+    image: Image.Image, # in any mode
+) -> bool:
+    "Has it an alpha channel, or a colour that means transparent?"
+    if image.mode in ('RGBA', 'RGBa', 'LA', 'La', 'PA'): return True
+    return 'transparency' in image.info or (image.mode == 'P' and image.palette.mode[-1] == 'A')
+
+def _on_white(
+    image: Image.Image, # with transparency, in any mode of bytes
+) -> Image.Image: # opaque, in mode 'L' (grey) or 'RGB'
+    "An image laid on white."
+    mode = 'L' if _is_grey(image) else 'RGB'
+    if image.mode == 'La': image = image.convert('LA')
+    paper = Image.new('RGBA', image.size, 'white')
+    return Image.alpha_composite(paper, image.convert('RGBA')).convert(mode)
+
+# %% ../../nbs/02_data/03_folders.ipynb #8e5e712f
+def _check_upper_bytes(
+    image: Image.Image, # of which Pillow has kept the upper bytes
+    depth: Depth, # of its file
+    white: float | None, # as the user said; `None` for nothing
+) -> None:
+    "Raises `UnclearPixels` for 16-bit colours that the upper bytes do not show."
+    if white not in (None, WHOLE, 65535):
+        raise UnclearPixels(f"holds {depth.kind}, of which only white=65535 can be read, "
+                            f"not white={white:g}; convert it to 8 bits")
+    try: _white_of(_top(image), depth, white)
+    except UnclearPixels:
+        raise UnclearPixels(f"holds {depth.kind} that use less than half of their range and would "
+                            "be almost black; convert it to 8 bits, or say white=65535 "
+                            "(--white 65535) if it shall be that dark") from None
 
 def _eight_bit(
     image: Image.Image, # in any mode
+    depth: Depth = Depth(''), # of its file
+    white: float | None = None, # of deep images: what becomes 255
 ) -> Image.Image: # in mode 'L' (grey) or 'RGB'
     "The image in bytes."
-    if image.mode == 'F':
-        raise ValueError('float images have no fixed range; convert them to 8 or 16 bits')
-    if image.mode[0] == 'I':
-        deep = np.asarray(image).clip(0, 65535)
-        return Image.fromarray((deep // 256).astype(np.uint8))
+    if image.mode[0] in 'IF': return _to_bytes(image, depth, white)
+    if depth.kind: _check_upper_bytes(image, depth, white)
+    if _is_transparent(image): return _on_white(image)
     return image.convert('L' if _is_grey(image) else 'RGB')
 
 # %% ../../nbs/02_data/03_folders.ipynb #74d7e13a
 def read_image(
     path: str | Path, # any format that Pillow reads; of an animation, the first frame
     size: int | None = None, # height and width to give it; `None` leaves them
+    white: float | None = None, # of more than 8 bits: what becomes 255; `None`: see `_white_of`
 ) -> np.ndarray: # (1 or 3, height, width) uint8
     "Decode one image. Raises `ValueError`, naming the file, when it cannot be read."
     with _opened(path) as image:
+        depth = _depth(image)
         if size: image.draft(None, (2 * size, 2 * size))    # large JPEGs decode at a fraction
-        upright = _eight_bit(ImageOps.exif_transpose(image))
+        upright = _eight_bit(ImageOps.exif_transpose(image), depth, white)
         if size and upright.size != (size, size):
             upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
         pixels = np.asarray(upright)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+# %% ../../nbs/02_data/03_folders.ipynb #646d4aa6
+def spread(
+    n: int, # how many there are
+    most: int, # how many to take, at most
+) -> list[int]: # indices, in order
+    "Some of many, evenly spread."
+    taken = min(n, most)
+    return [i * n // taken for i in range(taken)]
+
+def _brightest(
+    path: str | Path, # an image
+) -> tuple[float, Depth] | None: # its largest value; `None` if its range is known, as for bytes
+    "The largest value of an image of 16 bits. Raises `UnclearPixels` for a file without a range."
+    with _opened(path) as image:
+        depth = _depth(image)
+        if depth.white not in (None, 65535) or not depth.kind: return None
+        top = _top(image)
+        if depth.white is None: _white_of(top, depth, None)
+        return top, depth
+
+# %% ../../nbs/02_data/03_folders.ipynb #309eb9a0
+def common_white(
+    paths: Sequence[str | Path], # all images of a set
+    looked_at: int = 256, # how many to open, at most
+) -> float | None: # `WHOLE` if images of 16 bits use their range; `None` if there seem to be none
+    "What is white in a set where nobody has said it. Raises `UnclearPixels` where it is a guess."
+    some = [paths[i] for i in spread(len(paths), looked_at)]
+    found = {path: deep for path in some if (deep := _brightest(path))}
+    if not found: return None
+    path = max(found, key=found.get)
+    try: _white_of(*found[path], None)
+    except UnclearPixels as e:
+        most = f'{_printable(path)}, the brightest of {len(found)} looked at,'
+        raise UnclearPixels(f'{most} {e}') from None
+    return WHOLE
 
 # %% ../../nbs/02_data/03_folders.ipynb #ca8c6a5f
 class _FoundColour(ValueError):
@@ -195,32 +523,48 @@ def _decode_into(
     paths: Sequence[str | Path], # files
     start: int, # where in `out` the first one goes
     size: int | None, # height and width to give them; `None` leaves them
-) -> int: # how many
+    white: float | None = None, # of more than 8 bits: what becomes 255
+) -> None:
     "Decode `paths` into `out[start:]`."
     target = out.numpy()
     for i, path in enumerate(paths, start):
-        pixels = read_image(path, size)
+        pixels = read_image(path, size, white)
         _check_pixels(pixels, path, out.shape[1:])
         target[i] = pixels      # one channel spreads over three
-    return len(paths)
 
 # %% ../../nbs/02_data/03_folders.ipynb #6930047f
+def _in_threads(
+    work: Callable[[int, Sequence[str | Path]], Any], # gets the number of the first, and some paths
+    paths: Sequence[str | Path], # files
+    text: str, # said in front of the bar
+    show_progress: bool, # a progress bar
+    step: int = 64, # images that a thread takes at a time
+) -> list[Any]: # what `work` gave, in order
+    "Do something with many images, on all cores."
+    pieces = [paths[i:i + step] for i in range(0, len(paths), step)]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    found = []
+    try:
+        jobs = [pool.submit(work, i * step, piece) for i, piece in enumerate(pieces)]
+        with progress(None, text, show_progress, total=len(paths), unit=' images') as bar:
+            for job, piece in zip(jobs, pieces):
+                found.append(job.result())
+                bar.update(len(piece))
+    finally: pool.shutdown(cancel_futures=True)
+    return found
+
 def _decode_all(
     paths: Sequence[str | Path], # files
     shape: Sequence[int], # channels, height and width
     size: int | None, # height and width to give them; `None` leaves them
+    white: float | None, # of more than 8 bits: what becomes 255
     show_progress: bool, # a progress bar
-    step: int = 64, # images that a thread takes at a time
 ) -> Tensor: # (images, channels, height, width) uint8
     "Decode into one tensor, in threads."
     out = torch.empty(len(paths), *shape, dtype=torch.uint8)
-    starts = range(0, len(paths), step)
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        jobs = [pool.submit(_decode_into, out, paths[i:i + step], i, size) for i in starts]
-        with progress(None, 'decoding', show_progress, total=len(paths), unit=' images') as bar:
-            for job in jobs: bar.update(job.result())
-    finally: pool.shutdown(cancel_futures=True)
+    def work(start: int, some: Sequence[str | Path]) -> None:
+        _decode_into(out, some, start, size, white)
+    _in_threads(work, paths, 'decoding', show_progress)
     return out
 
 # %% ../../nbs/02_data/03_folders.ipynb #c61fed2b
@@ -228,61 +572,149 @@ def decode_images(
     paths: Sequence[str | Path], # files, in the order wanted
     size: int | None = None, # height and width to give them; `None` needs them to be equal
     show_progress: bool = True, # a progress bar
+    white: float | None = None, # of more than 8 bits: what becomes 255; `None` asks the files
 ) -> Tensor: # (images, 1 or 3, height, width) uint8; one channel if every image is grey
     "Decode many images into one tensor, on all cores."
-    shape = read_image(paths[0], size).shape
-    try: return _decode_all(paths, shape, size, show_progress)
-    except _FoundColour: return _decode_all(paths, (3, *shape[1:]), size, show_progress)
+    if white is None: white = common_white(paths)
+    channels, *sides = read_image(paths[0], size, white).shape
+    try: return _decode_all(paths, (channels, *sides), size, white, show_progress)
+    except _FoundColour: return _decode_all(paths, (3, *sides), size, white, show_progress)
 
 # %% ../../nbs/02_data/03_folders.ipynb #27ecee04
-def _fingerprint(
+def _cache_key(
     folder: Path, # the images' folder
     files: Sequence[ImageFile], # its files
-    size: int | None, # height and width they get
+    options: Sequence[Any], # whatever else changes the pixels
 ) -> str:
-    "Changes whenever a file of the folder does."
-    version = 1     # of the decoder
-    facts = [version, str(folder), size, [(f.path, f.bytes, f.changed) for f in files]]
+    "Changes whenever a file of the folder does, or what is made of it."
+    version = 2     # of the decoder
+    made_by = [version, PIL.__version__, str(folder), list(options)]
+    facts = made_by + [(f.path, f.bytes, f.changed, f.moved) for f in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 # %% ../../nbs/02_data/03_folders.ipynb #091c54f9
 def _cache_file(
     folder: Path, # the images' folder
     root: str | Path, # the cache lies in `root/cache`
-    size: int | None, # height and width the images get
+    options: Sequence[Any], # whatever else changes the pixels
 ) -> Path:
-    "Where a folder's decoded images are kept."
-    place = hashlib.sha256(f'{folder}|{size}'.encode()).hexdigest()[:12]
+    "Where something made from a folder is kept."
+    whole = json.dumps([str(folder), *options])
+    place = hashlib.sha256(whole.encode()).hexdigest()[:12]
     return Path(root) / 'cache' / f'{folder.name}-{place}.safetensors'
 
 def _read_cache(
-    path: Path, # a file that `cached_images` wrote, or none
-    fingerprint: str, # of the folder as it is now
+    path: Path, # a file that `_keep` wrote, or none
+    key: str, # of the folder as it is now
+    name: str = 'images', # what to read
 ) -> Tensor | None: # `None`: none there, out of date, or damaged
-    "The images in a cache file."
+    "A tensor in a cache file."
     if not path.is_file(): return None
     try: tensors, about = load_tensors(path, 'cache')
     except ValueError as e:
         warnings.warn(f'{e} (so the images are decoded again)')
         return None
-    return tensors.get('images') if about.get('fingerprint') == fingerprint else None
+    return tensors.get(name) if about.get('fingerprint') == key else None
 
 # %% ../../nbs/02_data/03_folders.ipynb #37ac1456
+def _keep(
+    path: Path, # the cache file
+    key: str, # of the folder as it is now
+    **tensors: Tensor, # what to keep
+) -> None:
+    "Write a cache file; warns where that cannot be."
+    try: save_tensors(path, 'cache', tensors, dict(fingerprint=key))
+    except Exception as e:      # a full disk, a folder that is read-only
+        warnings.warn(f"could not keep the decoded images in {path} ({e}); "
+                      "they will be decoded again next time")
+
 def cached_images(
     folder: str | Path, # the images' folder
     files: Sequence[ImageFile], # its files, in the order wanted
     root: str | Path = 'data', # the cache lies in `root/cache`
     size: int | None = None, # height and width to give the images
     show_progress: bool = True, # a progress bar
+    white: float | None = None, # of more than 8 bits: what becomes 255; `None` asks the files
 ) -> Tensor: # (images, channels, height, width) uint8
     "Decode a folder's images, or read them from the cache if they have not changed since."
     folder = Path(folder).resolve()
-    path, fingerprint = _cache_file(folder, root, size), _fingerprint(folder, files, size)
-    images = _read_cache(path, fingerprint)
+    options = size, white
+    path, key = _cache_file(folder, root, options), _cache_key(folder, files, options)
+    images = _read_cache(path, key)
     if images is not None: return images
-    images = decode_images([folder / f.path for f in files], size, show_progress)
-    try: save_tensors(path, 'cache', dict(images=images), dict(fingerprint=fingerprint))
-    except Exception as e:      # a full disk, a folder that is read-only
-        warnings.warn(f"could not keep the decoded images in {path} ({e}); "
-                      "they will be decoded again next time")
+    images = decode_images([folder / f.path for f in files], size, show_progress, white)
+    _keep(path, key, images=images)
     return images
+
+# %% ../../nbs/02_data/03_folders.ipynb #e79de977
+def _is_broken(
+    path: str | Path, # an image
+    size: int | None, # height and width it will get
+) -> bool:
+    "Can it not be decoded?"
+    try: read_image(path, size, WHOLE)
+    except BrokenImage: return True
+    except UnclearPixels: return False      # it can; what is white will be asked later
+    return False
+
+def broken_images(
+    folder: str | Path, # the images' folder
+    files: Sequence[ImageFile], # its files
+    root: str | Path = 'data', # the result lies in `root/cache`
+    size: int | None = None, # height and width the images will get
+    show_progress: bool = True, # a progress bar
+) -> Tensor: # (files,) bool
+    "Which files cannot be decoded; found once, until one of them changes."
+    folder = Path(folder).resolve()
+    options = 'broken', size
+    path, key = _cache_file(folder, root, options), _cache_key(folder, files, options)
+    broken = _read_cache(path, key, 'broken')
+    if broken is not None: return broken
+    def work(start: int, some: Sequence[Path]) -> list[bool]:
+        return [_is_broken(file, size) for file in some]
+    found = _in_threads(work, [folder / f.path for f in files], 'checking', show_progress)
+    broken = torch.tensor([answer for piece in found for answer in piece])
+    _keep(path, key, broken=broken)
+    return broken
+
+# %% ../../nbs/02_data/03_folders.ipynb #4f65ae48
+def without_broken(
+    folder: str | Path, # the images' folder
+    listing: Mapping[str, list[ImageFile]], # the files of each split
+    root: str | Path = 'data', # for `broken_images`
+    size: int | None = None, # height and width the images will get
+    show_progress: bool = True, # a progress bar
+) -> dict[str, list[ImageFile]]: # the same, without those that cannot be decoded
+    "A listing without broken images. Warns about them."
+    files = [f for found in listing.values() for f in found]
+    broken = broken_images(folder, files, root, size, show_progress).tolist()
+    lost = [f.path for f, bad in zip(files, broken) if bad]
+    if not lost: return dict(listing)
+    if not rank_and_size()[0]:
+        names = ', '.join(map(_printable, lost[:5]))
+        more = ', ...' if len(lost) > 5 else ''
+        warnings.warn(f"{folder}: {len(lost)} of {len(files)} images are broken and skipped: "
+                      f"{names}{more}")
+    gone = set(lost)
+    return {split: [f for f in found if f.path not in gone] for split, found in listing.items()}
+
+# %% ../../nbs/02_data/03_folders.ipynb #20f3df60
+def _content(
+    path: str | Path, # a file
+    most: int = 65536, # bytes, at most; from its end, since beginnings are alike
+) -> bytes:
+    "The end of a file."
+    with open(path, 'rb') as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read(most)
+
+def files_fingerprint(
+    folder: str | Path, # the images' folder
+    files: Sequence[ImageFile], # its files
+    opened: int = 1024, # how many of them to open, at most
+) -> str: # 64 hexadecimal digits
+    "What the images are, wherever their folder lies."
+    listed = [(Path(f.path).as_posix(), f.label, f.bytes) for f in files]
+    found = hashlib.sha256(json.dumps(listed).encode())
+    for i in spread(len(files), opened): found.update(_content(Path(folder) / files[i].path))
+    return found.hexdigest()

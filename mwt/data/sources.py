@@ -5,6 +5,7 @@
 # %% ../../nbs/02_data/06_sources.ipynb #f19434ca
 from __future__ import annotations
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from ..core.checks import check_choice, check_range
 from .augment import Augment
 from .batches import ImageData, _auto_augment, _check_options, from_tensors
-from .folders import ImageFile, cached_images, list_images
+from .folders import (ImageFile, cached_images, files_fingerprint, list_images,
+                              without_broken)
 from .labels import split_by_class
-from .streams import ImageFiles, _default_workers, _why_stream, image_files
+from .streams import (ImageFiles, _default_workers, _why_stream, image_files,
+                              splits_fingerprint)
 
 # %% auto #0
 __all__ = ['image_data']
@@ -78,17 +81,19 @@ def _named_splits(
     valid: float, # fraction to hold out for validation
     seed: int, # of the split
     size: int | None, # height and width to give the images
-) -> tuple[dict[str, Any], list[str]]: # arguments of `from_tensors`; class names
+) -> tuple[dict[str, Any], list[str], str]: # arguments of `from_tensors`; class names; fingerprint
     "A named set as training and test split."
     if source in _TORCHVISION:
         *halves, classes = _torchvision(source, root)
+        fingerprint = splits_fingerprint(dict(zip(('train', 'test'), halves)), classes)
         train, test = [(_resize(images, size), labels) for images, labels in halves]
-        return dict(train=train, test=test, valid=valid), classes
+        return dict(train=train, test=test, valid=valid), classes, fingerprint
     images, labels, classes = _digits()
+    fingerprint = splits_fingerprint(dict(all=(images, labels)), classes)
     images = _resize(images, size)
     train, test = split_by_class(labels, classes, 0.2, seed, 'test')
     splits = dict(train=(images[train], labels[train]), test=(images[test], labels[test]))
-    return splits | dict(valid=valid), classes
+    return splits | dict(valid=valid), classes, fingerprint
 
 # %% ../../nbs/02_data/06_sources.ipynb #20090d13
 def _choose_rows(
@@ -110,30 +115,50 @@ def _choose_rows(
     return {split: rows[split] for split in ('train', 'valid', 'test')}
 
 # %% ../../nbs/02_data/06_sources.ipynb #69fbb405
+@dataclass(frozen=True)
+class Reading:
+    "How the images of a folder are read."
+    root: Path # for the cache
+    size: int | None = None # height and width to give them; `None` leaves them
+    white: float | None = None # of more than 8 bits: what becomes 255; `None` asks the files
+    skip_broken: bool = False # leave out what cannot be decoded?
+    streaming: bool | None = None # leave the images in their files? `None` asks the memory
+    workers: int = 0 # processes that read ahead, when streaming
+    show_progress: bool = False # a progress bar
+
+def _read_folder(
+    folder: Path, # checked to be one
+    files: list[ImageFile], # all its files, split by split
+    how: Reading, # the options
+    device: torch.device, # where the batches go
+) -> Tensor | ImageFiles: # one for each file
+    "Decode the images of a folder, or leave them in their files."
+    paths = [folder / f.path for f in files]
+    why = _why_stream(paths, how.size, how.streaming, device, how.white)
+    if why and how.show_progress and how.streaming is None:
+        print(f'{folder} is streamed by {how.workers} workers, {why}; '
+              'streaming=False decodes it once, into memory')
+    if why: return image_files(paths, how.size, how.workers, why, how.show_progress, how.white)
+    return cached_images(folder, files, how.root, how.size, how.show_progress, how.white)
+
+# %% ../../nbs/02_data/06_sources.ipynb #b18403f0
 def _folder_splits(
     folder: Path, # checked to be one
-    root: Path, # for the cache
     valid: float, # fraction to hold out for validation
     seed: int, # of the splits
-    size: int | None, # height and width to give the images
-    show_progress: bool, # a progress bar
-    streaming: bool | None, # leave the images in their files? `None` asks the memory
-    workers: int, # processes that read ahead, when streaming
+    how: Reading, # the options
     device: torch.device, # where the batches go
-) -> tuple[dict[str, tuple[Tensor | ImageFiles, Tensor]], list[str]]: # splits; class names
+) -> tuple[dict[str, tuple[Tensor | ImageFiles, Tensor]], list[str], str]: # splits; classes; fingerprint
     "A folder as images and labels of each split."
     classes, listing = list_images(folder)
+    if how.skip_broken:
+        listing = without_broken(folder, listing, how.root, how.size, how.show_progress)
     files = [f for found in listing.values() for f in found]
     labels = torch.tensor([f.label for f in files])
     rows = _choose_rows(listing, labels, classes, valid, seed)
-    paths = [folder / f.path for f in files]
-    why = _why_stream(paths, size, streaming, device)
-    if why and show_progress and streaming is None:
-        print(f'{folder} is streamed by {workers} workers, {why}; '
-              'streaming=False decodes it once, into memory')
-    if why: images = image_files(paths, size, workers, why, show_progress)
-    else: images = cached_images(folder, files, root, size, show_progress)
-    return {split: (images[chosen], labels[chosen]) for split, chosen in rows.items()}, classes
+    images = _read_folder(folder, files, how, device)
+    splits = {split: (images[chosen], labels[chosen]) for split, chosen in rows.items()}
+    return splits, classes, files_fingerprint(folder, files)
 
 # %% ../../nbs/02_data/06_sources.ipynb #5e224a57
 _NAMES = ['digits', *_TORCHVISION]
@@ -167,20 +192,26 @@ def _find(
     return source
 
 # %% ../../nbs/02_data/06_sources.ipynb #2f77bc16
-def _check_streaming(
+def _check_reading(
     source: str | Path, # from `_find`
-    streaming: bool | None, # as the user said; `None` for nothing
-    workers: int | None, # likewise
-) -> int: # workers
-    "How many processes read ahead. Raises for options that do not go together."
-    if not (streaming is None or isinstance(streaming, bool)):
-        raise TypeError(f"streaming must be True, False or None, not {streaming!r}")
-    if streaming and not isinstance(source, Path):
+    how: Reading, # as the user said
+) -> None:
+    "Raises for options of folders that are wrong, or that a named set does not have."
+    if how.size is not None: check_range('size', how.size, 1, integer=True)
+    if how.white is not None: check_range('white', how.white, 0, open_low=True)
+    if not (how.streaming is None or isinstance(how.streaming, bool)):
+        raise TypeError(f"streaming must be True, False or None, not {how.streaming!r}")
+    if not isinstance(how.skip_broken, bool):
+        raise TypeError(f"skip_broken must be True or False, not {how.skip_broken!r}")
+    check_range('workers', how.workers, 0, integer=True)
+    if isinstance(source, Path): return
+    if how.streaming:
         raise ValueError(f"streaming=True is for folders of images; {source!r} fits into memory "
                          "whole, so leave it out")
-    if workers is None: return _default_workers()
-    check_range('workers', workers, 0, integer=True)
-    return workers
+    for name in 'white', 'skip_broken':
+        if getattr(how, name):
+            raise ValueError(f"{name} is for folders of images; {source!r} has only sound images "
+                             "of 8 bits, so leave it out")
 
 # %% ../../nbs/02_data/06_sources.ipynb #fca1a1c5
 def image_data(
@@ -195,17 +226,21 @@ def image_data(
     show_progress: bool = True, # a progress bar while decoding, a line when images are streamed
     streaming: bool | None = None, # leave images in their files? `None`: if memory is too small
     workers: int | None = None, # processes that read ahead; `None`: one a core, at most 16; 0: none
+    white: float | None = None, # white in images deeper than 8 bits; `None`: refused if it is unclear
+    skip_broken: bool = False, # leave out, and count, files that cannot be decoded
 ) -> ImageData:
     "Training, validation and test batches of a named data set or of a folder of images."
     source, root = _find(source), Path(root)
     device = _check_options(batch_size, seed, valid, augment, device)
-    if size is not None: check_range('size', size, 1, integer=True)
-    workers = _check_streaming(source, streaming, workers)
+    if workers is None: workers = _default_workers()
+    how = Reading(root, size, white, skip_broken, streaming, workers, show_progress)
+    _check_reading(source, how)
     if isinstance(source, Path):
-        splits, classes = _folder_splits(
-            source, root, valid, seed, size, show_progress, streaming, workers, device)
-    else: splits, classes = _named_splits(source, root, valid, seed, size)
+        splits, classes, fingerprint = _folder_splits(source, valid, seed, how, device)
+    else: splits, classes, fingerprint = _named_splits(source, root, valid, seed, size)
     if augment == 'auto':
         augment = _auto_augment(splits['train'][0].shape, flip=source not in ('digits', 'svhn'))
-    return from_tensors(**splits, classes=classes, batch_size=batch_size, seed=seed,
+    data = from_tensors(**splits, classes=classes, batch_size=batch_size, seed=seed,
                         augment=augment, device=device, show_progress=show_progress)
+    data.fingerprint = fingerprint
+    return data

@@ -4,9 +4,11 @@
 
 # %% ../../nbs/02_data/04_streams.ipynb #a1964368
 from __future__ import annotations
+import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -15,7 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from ..core.display import _spell, progress
-from .folders import _decode_into, _is_grey, _opened, read_image
+from .folders import (WHOLE, _content, _decode_into, _is_grey, _opened, common_white,
+                              read_image, spread)
 
 # %% auto #0
 __all__ = []
@@ -30,6 +33,7 @@ class ImageFiles:
     workers: int = 0 # processes that read ahead; 0: this one reads
     device: torch.device = torch.device('cpu') # where their batches go
     why: str = '' # the reason for not holding them in memory
+    white: float | None = None # of more than 8 bits: what becomes 255
 
     def __len__(self) -> int: return len(self.paths)
 
@@ -63,7 +67,8 @@ def to(self: ImageFiles,
 def read(self: ImageFiles) -> Tensor: # (images, channels, height, width) uint8, on the CPU
     "Decode all of them now. Raises `ValueError`, naming the file, for one that cannot be used."
     out = torch.empty(self.shape, dtype=torch.uint8)
-    _decode_into(out, [os.fsdecode(path) for path in self.paths], 0, self.size)
+    paths = [os.fsdecode(path) for path in self.paths]
+    _decode_into(out, paths, 0, self.size, self.white)
     return out
 
 # %% ../../nbs/02_data/04_streams.ipynb #702559a0
@@ -101,14 +106,41 @@ def image_files(
     workers: int = 0, # processes that read ahead; 0: this one reads
     why: str = 'as asked', # the reason for not holding them in memory
     show_progress: bool = True, # a progress bar
+    white: float | None = None, # of more than 8 bits: what becomes 255; `None` asks the files
 ) -> ImageFiles: # of one channel if every image is grey
     "Images to be decoded when they are needed."
-    channels, *sides = read_image(paths[0], size).shape
+    if white is None: white = common_white(paths)
+    channels, *sides = read_image(paths[0], size, white).shape
     if channels == 1:
         looked_at = progress(paths, 'looking for colour', show_progress)
         if not all(map(_header_is_grey, looked_at)): channels = 3
     names = np.array([os.fsencode(path) for path in paths])
-    return ImageFiles(names, (channels, *sides), size, workers, why=why)
+    return ImageFiles(names, (channels, *sides), size, workers, why=why, white=white)
+
+# %% ../../nbs/02_data/04_streams.ipynb #2dd8cf6a
+def _images_hash(
+    images: Tensor | ImageFiles, # (samples, ...)
+    most: int = 1024, # images to look at, at most
+) -> bytes:
+    "What a spread of the images looks like."
+    found = hashlib.sha256()
+    rows = spread(len(images), most)
+    if isinstance(images, ImageFiles):
+        for path in images[rows].paths: found.update(_content(os.fsdecode(path)))
+    else: found.update(images[rows].cpu().contiguous().numpy().tobytes())
+    return found.digest()
+
+def splits_fingerprint(
+    splits: Mapping[str, tuple[Tensor | ImageFiles, Tensor]], # images and labels, by name
+    classes: Sequence[str], # class names
+) -> str: # 64 hexadecimal digits
+    "What the images and labels of all splits are, on whatever device."
+    found = hashlib.sha256(json.dumps(list(classes)).encode())
+    for name, (images, labels) in splits.items():
+        found.update(f'{name} {tuple(images.shape)}'.encode())
+        found.update(labels.cpu().long().numpy().tobytes())
+        found.update(_images_hash(images))
+    return found.hexdigest()
 
 # %% ../../nbs/02_data/04_streams.ipynb #0c11a199
 def _allowed_memory() -> float: # bytes; infinity where there is no limit
@@ -152,10 +184,12 @@ def _why_stream(
     size: int | None, # height and width they will get
     streaming: bool | None, # what the user said; `None` for nothing
     device: torch.device, # where the batches go
+    white: float | None = None, # of more than 8 bits: what becomes 255
 ) -> str: # empty where they are to be held in memory
     "The reason for leaving images in their files."
     if streaming is not None: return 'as asked' if streaming else ''
-    need, free = len(paths) * read_image(paths[0], size).size, _free_memory(device)
+    one = read_image(paths[0], size, white or WHOLE).size
+    need, free = len(paths) * one, _free_memory(device)
     if need <= free / 2: return ''
     return (f'since decoded they take {_spell(need)}, '
             f'more than half of the {_spell(free)} of memory that is free')
