@@ -16,7 +16,7 @@ from .nets import evaluating
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_core/06_accepted.ipynb #983bc64e
+# %% ../../nbs/01_core/06_accepted.ipynb #bec46f73
 INSIDE = ('module', 'model', 'module_', 'net', 'network', 'ema', 'ema_model')   # where wrappers keep it
 
 def _what_it_is(
@@ -32,7 +32,7 @@ def _what_it_is(
     if isinstance(thing, Mapping) and any(isinstance(v, Tensor) for v in thing.values()):
         return 'a state dict; load it into a network (net.load_state_dict) and pass that'
     if isinstance(thing, (tuple, list, Mapping)):
-        return f'a {name} of {len(thing)}; pass one network at a time'
+        return f'{len(thing)} things in a {name}; pass one network at a time'
     if isinstance(thing, str) or hasattr(thing, '__fspath__'):
         return f'{str(thing)!r}; make the network first (create_model) and load its weights'
     return f'{thing!r}' if thing is None or isinstance(thing, (int, float)) else f'a {name}'

@@ -28,6 +28,19 @@ def evaluating(
     finally:
         for layer, mode in modes: layer.training = mode
 
+# %% ../../nbs/01_core/05_nets.ipynb #a9f9f92c
+@contextmanager
+def untouched(
+    model: nn.Module, # any network
+) -> Iterator[None]:
+    "After the block the attributes of all layers are what they were."
+    before = [(layer, dict(vars(layer))) for layer in model.modules()]
+    try: yield
+    finally:
+        for layer, attributes in before:
+            for name in vars(layer).keys() - attributes.keys(): delattr(layer, name)
+            vars(layer).update(attributes)
+
 # %% ../../nbs/01_core/05_nets.ipynb #11ce7597
 def device_of(
     model: nn.Module, # any network
@@ -117,13 +130,13 @@ def _reordered(
     model: nn.Module, # any network
 ) -> Iterator[None]:
     "Inside the block the weights lie in channels-last order."
-    before = [(p, p.data) for p in model.parameters()]
+    before = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     try:
-        for p, data in before:
-            if data.ndim == 4: p.data = data.contiguous(memory_format=torch.channels_last)
+        for t, data in before:          # 5 dimensions: raises RuntimeError, as moving them would
+            if data.ndim in (4, 5): t.data = data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        for p, data in before: p.data = data
+        for t, data in before: t.data = data
 
 # %% ../../nbs/01_core/05_nets.ipynb #6493bd1x
 def memory_format(
