@@ -72,32 +72,6 @@ def calling(self: Tracer) -> str:
     if not paths: return type(self.root).__name__
     return f'{paths[-1]} ({type(self.root.get_submodule(paths[-1])).__name__})'
 
-# %% ../../nbs/04_channels/01_trace.ipynb #ce5a9557
-@patch
-def trace(self: Tracer,
-    root: nn.Module, # any network
-    concrete_args: dict[str, Any] | None = None, # of the forward pass; the images are no constant
-) -> fx.Graph:
-    "The operations of a network."
-    images = next(iter(inspect.signature(root.forward).parameters), '')
-    constants = {k: v for k, v in (concrete_args or {}).items() if k != images}
-    with untouched(root): graph = fx.Tracer.trace(self, root, constants or None)
-    self.read_changes_(graph)
-    return graph
-
-@patch
-def read_changes_(self: Tracer, graph: fx.Graph) -> None:
-    "Let later readers of a value that was changed in place read the result of that operation."
-    earlier = set()
-    for node in graph.nodes:
-        earlier.add(node)
-        layer = self.root.get_submodule(node.target) if node.op == 'call_module' else None
-        changes = in_place(node) if layer is None else getattr(layer, 'inplace', False)
-        if changes is not True or not node.all_input_nodes: continue
-        changed = node.all_input_nodes[0]
-        later = [user for user in changed.users if user not in earlier]
-        for user in later: user.replace_input_with(changed, node)
-
 # %% ../../nbs/04_channels/01_trace.ipynb #c3b0683d
 def in_place(
     node: fx.Node, # an operation
@@ -124,6 +98,32 @@ def _by_place(node: fx.Node) -> None:
         if name in node.kwargs:
             node.args = (node.kwargs[name],)
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != name}
+
+# %% ../../nbs/04_channels/01_trace.ipynb #ce5a9557
+@patch
+def trace(self: Tracer,
+    root: nn.Module, # any network
+    concrete_args: dict[str, Any] | None = None, # of the forward pass; the images are no constant
+) -> fx.Graph:
+    "The operations of a network."
+    images = next(iter(inspect.signature(root.forward).parameters), '')
+    constants = {k: v for k, v in (concrete_args or {}).items() if k != images}
+    with untouched(root): graph = fx.Tracer.trace(self, root, constants or None)
+    self.read_changes_(graph)
+    return graph
+
+@patch
+def read_changes_(self: Tracer, graph: fx.Graph) -> None:
+    "Let later readers of a value that was changed in place read the result of that operation."
+    earlier = set()
+    for node in graph.nodes:
+        earlier.add(node)
+        layer = self.root.get_submodule(node.target) if node.op == 'call_module' else None
+        changes = in_place(node) if layer is None else getattr(layer, 'inplace', False)
+        if changes is not True or not node.all_input_nodes: continue
+        changed = node.all_input_nodes[0]
+        later = [user for user in changed.users if user not in earlier]
+        for user in later: user.replace_input_with(changed, node)
 
 # %% ../../nbs/04_channels/01_trace.ipynb #8e9cf53a
 UNTRACEABLE = (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError,
