@@ -108,7 +108,10 @@ def trace(self: Tracer,
     "The operations of a network."
     images = next(iter(inspect.signature(root.forward).parameters), '')
     constants = {k: v for k, v in (concrete_args or {}).items() if k != images}
-    with untouched(root): graph = fx.Tracer.trace(self, root, constants or None)
+    with untouched(root):
+        graph = fx.Tracer.trace(self, root, constants or None)
+        made = {k: v for k, v in vars(root).items() if k.startswith('_tensor_constant')}
+    vars(root).update(made)             # tensors that the forward pass makes belong to the graph
     self.read_changes_(graph)
     return graph
 

@@ -48,6 +48,15 @@ def device_of(
     "The device of a network."
     return next((p.device for p in model.parameters()), torch.device('cpu'))
 
+# %% ../../nbs/01_core/05_nets.ipynb #7c3889b4
+def input_dtype(
+    model: nn.Module, # any network
+) -> torch.dtype: # that of its weights, unless it says otherwise
+    "The type of the images that a network takes."
+    if hasattr(model, 'input_dtype'): return model.input_dtype()
+    found = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return found[0] if found else torch.float32
+
 # %% ../../nbs/01_core/05_nets.ipynb #c375e4ab
 def copy_of(
     model: nn.Module, # any network
@@ -73,10 +82,12 @@ def trainable(
 def freeze_as_(
     model: nn.Module, # changed
     flags: Mapping[str, bool], # from `trainable`; weights that are not named stay as they are
+    prefix: str = '', # of the names in the network, before those in `flags`
 ) -> nn.Module: # the same
     "Freeze the weights that were frozen in another network of the same names."
     for name, p in model.named_parameters():
-        if name in flags: p.requires_grad_(flags[name])
+        other = name.removeprefix(prefix)
+        if name.startswith(prefix) and other in flags: p.requires_grad_(flags[other])
     return model
 
 # %% ../../nbs/01_core/05_nets.ipynb #404eeb11
