@@ -18,7 +18,7 @@ from .core.accepted import check_answer, check_is_network
 from .core.checks import check_range
 from .core.display import Table, percent
 from .core.processes import global_sum
-from .core.nets import device_of, evaluating, input_dtype
+from .core.nets import device_of, evaluating, input_dtype, untouched
 from .data.batches import Batches
 from .data.loaders import LoaderBatches, as_batches
 from .channels.trace import find_example, input_channels
@@ -65,9 +65,17 @@ def check_channels(
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()): return
     takes = input_channels(model)
     has = found_batches(model, batches).shape[0]
-    if takes != has:
+    if takes != has and not _accepts(model, found_batches(model, batches)):
         raise ValueError(f"the network takes images of {takes} channels, the data has {has}; "
                          f"make the network with in_channels={has}")
+
+def _accepts(model: nn.Module, batches: Batches | LoaderBatches) -> bool:
+    "Does a network run on such images, whatever its first convolution seems to be?"
+    images = torch.zeros(2, *batches.shape, dtype=input_dtype(model), device=device_of(model))
+    try:
+        with evaluating(model), untouched(model): model(images)
+    except (RuntimeError, ValueError, AssertionError, IndexError): return False
+    return True
 
 # %% ../nbs/06_measure/01_measure.ipynb #7afdcbdc
 def _logits(model: nn.Module, images: Tensor, n: int) -> Tensor:

@@ -16,7 +16,7 @@ from .nets import evaluating
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_core/06_accepted.ipynb #bec46f73
+# %% ../../nbs/01_core/06_accepted.ipynb #df02cf92
 INSIDE = ('module', 'model', 'module_', 'net', 'network', 'ema', 'ema_model')   # where wrappers keep it
 
 def _what_it_is(
@@ -35,9 +35,10 @@ def _what_it_is(
         return f'{len(thing)} things in a {name}; pass one network at a time'
     if isinstance(thing, str) or hasattr(thing, '__fspath__'):
         return f'{str(thing)!r}; make the network first (create_model) and load its weights'
-    return f'{thing!r}' if thing is None or isinstance(thing, (int, float)) else f'a {name}'
+    if thing is None or isinstance(thing, (int, float)): return f'{thing!r}'
+    return f'an object of type {name}'
 
-# %% ../../nbs/01_core/06_accepted.ipynb #00c5d004
+# %% ../../nbs/01_core/06_accepted.ipynb #6ec77c57
 def check_is_network(
     model: Any, # what was given as a network
 ) -> None:
@@ -45,6 +46,7 @@ def check_is_network(
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a network (nn.Module), not {_what_it_is(model)}')
     if isinstance(model, torch.jit.ScriptModule): return        # has a signature of its own
+    if isinstance(model, fx.GraphModule): check_unwrapped(model)
     name, forward = type(model).__name__, model.forward
     if getattr(forward, '__name__', '') == '_forward_unimplemented':
         raise ValueError(f'{name} has no forward pass; pass the network that calls its layers, '
@@ -84,7 +86,7 @@ def wrapper_of(
     exported = any(isinstance(n.target, torch._ops.OpOverload) for n in layer.graph.nodes)
     return 'the network that was exported, as it was before' if exported else ''
 
-# %% ../../nbs/01_core/06_accepted.ipynb #1dc9069a
+# %% ../../nbs/01_core/06_accepted.ipynb #602344b4
 def check_unwrapped(
     model: nn.Module, # any network
     parts_too: bool = False, # also ask the layers inside
@@ -93,7 +95,7 @@ def check_unwrapped(
     for path, layer in model.named_modules():
         kind, inside = type(layer).__name__, f'model.{path}' if path else 'model'
         if remedy := wrapper_of(layer, inside):
-            raise ValueError(f'{path or "model"} is a {kind}; pass {remedy}')
+            raise ValueError(f'{path or "model"} is wrapped ({kind}); pass {remedy}')
         if not parts_too: return
 
 # %% ../../nbs/01_core/06_accepted.ipynb #96f2d914
@@ -147,7 +149,7 @@ def check_not_quantized(
         raise ValueError(f'{path} is made of {kind}; pass a network with ordinary floating-point '
                          'weights')
 
-# %% ../../nbs/01_core/06_accepted.ipynb #73c16cd4
+# %% ../../nbs/01_core/06_accepted.ipynb #9f4d5444
 def check_can_train(
     model: Any, # what was given as a network
 ) -> None:
@@ -156,6 +158,7 @@ def check_can_train(
     check_unwrapped(model)
     check_weights(model)
     check_not_quantized(model)
+    check_finite_weights(model)
     if any(p.requires_grad for p in model.parameters()): return
     raise ValueError(f'{type(model).__name__} has nothing to train: all its weights are frozen '
                      '(requires_grad=False); unfreeze at least the last layer')
@@ -228,13 +231,24 @@ def check_own_forward(
         raise ValueError(f'{path or "model"}: its forward pass was replaced on the object; write '
                          'a class with that forward pass')
 
-# %% ../../nbs/01_core/06_accepted.ipynb #51d5c003
+# %% ../../nbs/01_core/06_accepted.ipynb #ec7d1247
+def check_named_input(
+    model: nn.Module, # a network
+) -> None:
+    "Raises `ValueError` for a forward pass that takes any number of inputs."
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    if first.kind is not first.VAR_POSITIONAL: return
+    raise ValueError(f'{type(model).__name__}: its forward pass takes any number of inputs '
+                     f'(*{first.name}); let it take one batch of images: forward(self, x)')
+
+# %% ../../nbs/01_core/06_accepted.ipynb #0b961c00
 def check_can_be_cut(
     model: Any, # what was given as a network
 ) -> None:
     "Raises `TypeError` or `ValueError` for what cannot be made modular, whatever it computes."
     check_is_network(model)
     check_unwrapped(model, parts_too=True)
+    check_named_input(model)
     check_weights(model)
     check_not_quantized(model, prepared=True)
     check_plain_weights(model)

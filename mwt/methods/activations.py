@@ -107,6 +107,9 @@ class ActivationMasks(Masks):
     def rows(self) -> dict[str, Any]:
         return {}           # points are not layers
 
+    def coupled_sets(self) -> dict[str, Tensor]:
+        return self.order
+
     def summary(self) -> str:
         return f', behind {len(self.kernels)} activations'
 

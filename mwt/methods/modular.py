@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.checks import check_range, seeded
 from ..core.display import Table
 from ..core.accepted import check_can_be_cut, check_hooks, check_is_network
-from ..core.nets import copy_of, freeze_as_, head_size, logits_of, trainable
+from ..core.nets import copy_of, evaluating, freeze_as_, head_size, logits_of, trainable, untouched
 from ..channels.trace import find_example
 from ..channels.mapping import ChannelMap, map_channels
 from .base import Method, describe_method, make_method
@@ -190,6 +190,33 @@ def choose_layers(
         infos.append(replace(info, reason=reasons.get(info.name, info.reason)))
     return method.choose(replace(channels, infos=infos))
 
+# %% ../../nbs/05_methods/04_modular.ipynb #f5dcff91
+GOLDEN = 0.6180339887498949
+
+def trial_masks(
+    sets: Mapping[str, Tensor], # masked layer -> (kernels,), the set of coupled kernels of each
+) -> dict[str, Tensor]: # (kernels,) boolean; coupled kernels get the same, no layer is without any
+    "Masks that keep about half of the kernels."
+    kept = {name: roots.double() * GOLDEN % 1 < .5 for name, roots in sets.items()}
+    empty = [sets[name][0] for name, mask in kept.items() if not mask.any()]
+    forced = torch.stack(empty) if empty else torch.zeros(0, dtype=torch.long)
+    return {name: mask | torch.isin(sets[name], forced) for name, mask in kept.items()}
+
+def check_cut(
+    model: ModularModel, # a fresh one
+) -> None:
+    "Raises `ValueError` where a cut network computes something else than the masked one."
+    x, masks = model.example(), trial_masks(model.masks.coupled_sets())
+    with evaluating(model), untouched(model), fixed_masks(model, masks): expected = model(x)
+    with torch.no_grad(): found = model.cut(masks)(x)
+    coarse = x.device.type != 'cpu' or x.dtype in (torch.float16, torch.bfloat16)
+    error, size = (found - expected).abs().max(), expected.abs().max()
+    if not expected.isfinite().all() or error <= (.1 if coarse else 1e-3) * size: return
+    raise ValueError(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
+                     f'computes something else than with them switched off (by {error:.2g}, where '
+                     f'logits are of size {size:.2g}). Something reads zeros as something else, or '
+                     'asks for the class of a layer; leave the layers before it unmasked (filter_fn)')
+
 # %% ../../nbs/05_methods/04_modular.ipynb #009918c8
 def modularize(
     model: nn.Module, # a plain network; not changed
@@ -213,7 +240,9 @@ def modularize(
     channels = map_channels(net, example)
     _check_head(net, channels, n_classes)
     channels = choose_layers(channels, method, _excluded(net, channels, filter_fn))
-    with seeded(seed): return ModularModel(net, method, channels, example)
+    with seeded(seed): made = ModularModel(net, method, channels, example)
+    check_cut(made)
+    return made
 
 # %% ../../nbs/05_methods/04_modular.ipynb #8c224a54
 def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:
