@@ -4,7 +4,7 @@
 
 # %% ../../nbs/04_channels/04_mapping.ipynb #61b0c148
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, fx, nn
@@ -103,7 +103,11 @@ def map_channels(
     for name, layer in tracker.layers.items():
         if layer.reads is None: continue
         why = [reasons.get(i, '') for i in root[layer.writes].tolist()]
-        infos.append(_info(name, layer, tracker.submodules[name], why))
+        info = _info(name, layer, tracker.submodules[name], why)
+        norm = tracker.layers.get(layer.norm)
+        if norm is not None and norm.calls > 1:
+            info = replace(info, own_mask_reason=f'its norm {layer.norm} runs more than once')
+        infos.append(info)
     stays = torch.isin(root, torch.tensor(list(reasons), dtype=torch.long))
     return ChannelMap(infos, tracker.layers, tracker.tensors, root, stays,
                       frozenset(tracker.needed), head, frozenset(tracker.folded))

@@ -149,6 +149,17 @@ def check_not_quantized(
         raise ValueError(f'{path} is made of {kind}; pass a network with ordinary floating-point '
                          'weights')
 
+# %% ../../nbs/01_core/06_accepted.ipynb #fc763230
+def check_finite_weights(
+    model: nn.Module, # any network
+) -> None:
+    "Raises `ValueError` for weights that are NaN or infinite."
+    for path, t in _weights(model):
+        if not t.is_floating_point() or t.isfinite().all(): continue
+        if not isinstance(t, nn.Parameter) and 'running' not in path: continue  # a mask of -inf, say
+        raise ValueError(f'{path} holds NaN or infinite values; load the weights again, or train '
+                         'with a lower learning rate')
+
 # %% ../../nbs/01_core/06_accepted.ipynb #9f4d5444
 def check_can_train(
     model: Any, # what was given as a network
@@ -210,17 +221,7 @@ def check_plain_weights(
         raise ValueError(f'{path or "model"}: its {found[0]} is computed anew at each call '
                          f'(parametrized, normalised or pruned); fold it first with {found[1]}')
 
-# %% ../../nbs/01_core/06_accepted.ipynb #903aa2b9
-def check_finite_weights(
-    model: nn.Module, # any network
-) -> None:
-    "Raises `ValueError` for weights that are NaN or infinite."
-    for path, t in _weights(model):
-        if not t.is_floating_point() or t.isfinite().all(): continue
-        if not isinstance(t, nn.Parameter) and 'running' not in path: continue  # a mask of -inf, say
-        raise ValueError(f'{path} holds NaN or infinite values; load the weights again, or train '
-                         'with a lower learning rate')
-
+# %% ../../nbs/01_core/06_accepted.ipynb #027a28f3
 def check_own_forward(
     model: nn.Module, # any network
 ) -> None:
