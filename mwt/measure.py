@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from .core.accepted import check_answer, check_is_network
 from .core.checks import check_choice, check_range
 from .core.display import Table, percent
 from .core.processes import global_sum
+from .core.nets import device_of, evaluating, input_dtype, untouched
 from .core.signature import Signature, signature_of
-from .core.nets import device_of, evaluating, logits_of
 from .data.batches import Batches
 from .data.loaders import LoaderBatches, as_batches, check_shape, taken_by
 from .channels.trace import find_example, input_channels
@@ -33,7 +34,9 @@ def n_outputs(
     "How many classes a network tells apart."
     try: example = find_example(model)
     except ValueError: return None
-    with evaluating(model): return logits_of(model(example)).shape[1]
+    with evaluating(model): answer = model(example)
+    check_answer(model, answer)
+    return answer.shape[1]
 
 def found_batches(
     model: nn.Module, # any network
@@ -76,14 +79,23 @@ def check_channels(
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()): return
     takes = input_channels(model)
     has = found_batches(model, batches).shape[0]
-    if takes != has:
+    if takes != has and not _accepts(model, found_batches(model, batches)):
         raise ValueError(f"the network takes images of {takes} channels, the data has {has}; "
                          f"make the network with in_channels={has}")
+
+def _accepts(model: nn.Module, batches: Batches | LoaderBatches) -> bool:
+    "Does a network run on such images, whatever its first convolution seems to be?"
+    images = torch.zeros(2, *batches.shape, dtype=input_dtype(model), device=device_of(model))
+    try:
+        with evaluating(model), untouched(model): model(images)
+    except (RuntimeError, ValueError, AssertionError, IndexError): return False
+    return True
 
 # %% ../nbs/06_measure/01_measure.ipynb #7afdcbdc
 def _logits(model: nn.Module, images: Tensor, n: int) -> Tensor:
     "A network's logits. Raises `ValueError` unless they are for `n` classes."
-    logits = model(images)
+    logits = model(images.to(input_dtype(model)))
+    check_answer(model, logits)
     if logits.shape[1] == n: return logits
     raise ValueError(f"the network answers for {logits.shape[1]} classes, the data has {n}; "
                      "pass data of the classes that the network was made for")
@@ -94,6 +106,7 @@ def confusion(
     classes: Sequence[str] | None = None, # judge these classes only; `None` takes all that it knows
 ) -> Tensor: # (classes, classes) counts on the CPU: rows are true, columns answered
     "Which class was taken for which. Raises `ValueError` for an unknown class."
+    check_is_network(model)
     batches = found_batches(model, batches)
     check_channels(model, batches)
     known = known_classes(model, batches)
@@ -201,8 +214,10 @@ def profiles(
     "Count parameters and FLOPs and time several networks side by side."
     check_range('batch_size', batch_size, 1, integer=True)
     check_range('repeats', repeats, 1, integer=True)
+    for model in models: check_is_network(model)
     device = device_of(models[0])
     x = torch.rand(batch_size, *_input_shape(models[0]), device=device)
+    x = x.to(input_dtype(models[0]))
     calls = {str(i): partial(m, x) for i, m in enumerate(models)}
     with ExitStack() as stack:
         for m in models: stack.enter_context(evaluating(m))
@@ -235,6 +250,7 @@ def profile(
     "Parameters, FLOPs and latency of a network, beside those of a full model."
     networks = [model]
     if against is not None:
+        check_is_network(against)
         if hasattr(against, 'plain'): against = against.plain()
         networks.append(against)
     found = profiles(networks, batch_size, repeats)

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/04_channels/04_mapping.ipynb #61b0c148
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, fx, nn
-from ..core.nets import evaluating
+from ..core.accepted import agree, check_answer
+from ..core.nets import evaluating, untouched
 from .rules import ChannelLayer, ChannelTracker
 
 # %% auto #0
@@ -44,8 +45,10 @@ class ChannelMap:
 
 # %% ../../nbs/04_channels/04_mapping.ipynb #cbcc8f2b
 def _check_trace(model: nn.Module, graph: fx.Graph, example: Tensor) -> None:
-    with evaluating(model): traced, direct = fx.GraphModule(model, graph)(example), model(example)
-    if not torch.allclose(traced, direct, rtol=1e-3, atol=1e-4):
+    with evaluating(model), untouched(model):
+        direct = model(example)
+        others = fx.GraphModule(model, graph)(example), model(example)
+    if not all(agree(other, direct) for other in others):
         raise ValueError(
             f"{type(model).__name__} changes between calls: its trace computes something else than "
             "the network; make its forward pass depend on nothing but its input and its mode, or "
@@ -90,6 +93,7 @@ def map_channels(
     example: Tensor, # an input that it accepts
 ) -> ChannelMap:
     "Follow all channels. Raises `ValueError` for a network that cannot be traced or has no head."
+    with evaluating(model), untouched(model): check_answer(model, model(example))
     tracker = ChannelTracker(model, example).track()
     _check_trace(model, tracker.graph, example)
     head = _find_head(tracker)
@@ -99,7 +103,11 @@ def map_channels(
     for name, layer in tracker.layers.items():
         if layer.reads is None: continue
         why = [reasons.get(i, '') for i in root[layer.writes].tolist()]
-        infos.append(_info(name, layer, tracker.submodules[name], why))
+        info = _info(name, layer, tracker.submodules[name], why)
+        norm = tracker.layers.get(layer.norm)
+        if norm is not None and norm.calls > 1:
+            info = replace(info, own_mask_reason=f'its norm {layer.norm} runs more than once')
+        infos.append(info)
     stays = torch.isin(root, torch.tensor(list(reasons), dtype=torch.long))
     return ChannelMap(infos, tracker.layers, tracker.tensors, root, stays,
                       frozenset(tracker.needed), head, frozenset(tracker.folded))

@@ -8,8 +8,10 @@ import inspect
 from collections.abc import Callable, Container
 from typing import Any
 import torch
+from fastcore.basics import patch
 from torch import Tensor, fx, nn
-from ..core.nets import device_of, evaluating
+from ..core.accepted import check_unwrapped, check_weights
+from ..core.nets import device_of, evaluating, untouched
 
 # %% auto #0
 __all__ = []
@@ -39,10 +41,36 @@ class Tracer(fx.Tracer):
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if m not in self.submodule_paths: return self.made_in_forward(m, forward, args, kwargs)
         out = super().call_module(m, forward, args, kwargs)
         if isinstance(out, fx.Proxy):
             self.ends.setdefault(out.node, []).append(self.path_of_module(m))
         return out
+
+# %% ../../nbs/04_channels/01_trace.ipynb #551dbf80
+class NotInNetwork(ValueError):
+    "A forward pass calls a layer that is no part of the network."
+
+@patch
+def made_in_forward(self: Tracer, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    "The result of a layer that is no part of the network, by looking inside."
+    kind = type(m).__name__
+    inside = f'the forward pass of {self.calling()}'
+    if any(True for _ in (*m.parameters(), *m.buffers())):
+        raise NotInNetwork(f'{inside} calls a {kind} that is no part of the network: it is made at '
+                           'each call, or kept in a list or dict. Make it in __init__ and keep it as '
+                           'an attribute, in nn.ModuleList or nn.ModuleDict')
+    if m.training and isinstance(m, nn.modules.dropout._DropoutNd):
+        raise NotInNetwork(f'{inside} makes a {kind}, which drops values in use too; make it in '
+                           '__init__, and call self.dropout(x)')
+    return forward(*args, **kwargs)
+
+@patch
+def calling(self: Tracer) -> str:
+    "The layer whose forward pass is running, and its class."
+    paths = [path for path, _ in self.module_stack.values() if path]
+    if not paths: return type(self.root).__name__
+    return f'{paths[-1]} ({type(self.root.get_submodule(paths[-1])).__name__})'
 
 # %% ../../nbs/04_channels/01_trace.ipynb #c3b0683d
 def in_place(
@@ -71,6 +99,35 @@ def _by_place(node: fx.Node) -> None:
             node.args = (node.kwargs[name],)
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != name}
 
+# %% ../../nbs/04_channels/01_trace.ipynb #ce5a9557
+@patch
+def trace(self: Tracer,
+    root: nn.Module, # any network
+    concrete_args: dict[str, Any] | None = None, # of the forward pass; the images are no constant
+) -> fx.Graph:
+    "The operations of a network."
+    images = next(iter(inspect.signature(root.forward).parameters), '')
+    constants = {k: v for k, v in (concrete_args or {}).items() if k != images}
+    with untouched(root):
+        graph = fx.Tracer.trace(self, root, constants or None)
+        made = {k: v for k, v in vars(root).items() if k.startswith('_tensor_constant')}
+    vars(root).update(made)             # tensors that the forward pass makes belong to the graph
+    self.read_changes_(graph)
+    return graph
+
+@patch
+def read_changes_(self: Tracer, graph: fx.Graph) -> None:
+    "Let later readers of a value that was changed in place read the result of that operation."
+    earlier = set()
+    for node in graph.nodes:
+        earlier.add(node)
+        layer = self.root.get_submodule(node.target) if node.op == 'call_module' else None
+        changes = in_place(node) if layer is None else getattr(layer, 'inplace', False)
+        if changes is not True or not node.all_input_nodes: continue
+        changed = node.all_input_nodes[0]
+        later = [user for user in changed.users if user not in earlier]
+        for user in later: user.replace_input_with(changed, node)
+
 # %% ../../nbs/04_channels/01_trace.ipynb #8e9cf53a
 UNTRACEABLE = (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError,
                AttributeError, ValueError)
@@ -85,6 +142,7 @@ def _traced(
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
         with evaluating(model): return tidy_(tracer.trace(model, defaults or None)), tracer.ends
+    except NotInNetwork: raise
     except UNTRACEABLE as e:
         raise ValueError(
             f"{type(model).__name__} cannot be traced{_inside(tracer)}: {e}. Its forward pass must "
@@ -109,9 +167,11 @@ def input_channels(
 ) -> int: # channels of the images it takes
     "The channels that the first convolution reads. Raises `ValueError` where there is none."
     known = getattr(model, 'input_shape', None)
-    if known: return known[0]               # modular models and modules say so
+    if known and hasattr(model, 'classes'): return known[0]     # modular models and modules say so
+    check_weights(model)
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not convs:
+        check_unwrapped(model)
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d layer; only convolutional "
                          "networks can be made modular")
     try: running = [n.target for n in trace(model).nodes if n.op == 'call_module']
@@ -121,6 +181,7 @@ def input_channels(
 
 # %% ../../nbs/04_channels/01_trace.ipynb #3f13d3a1
 SIZES = (32, 64, 128, 224, 299)     # pixels, from CIFAR to Inception
+REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError)   # how networks refuse an input
 
 def find_example(
     model: nn.Module, # any network
@@ -128,6 +189,7 @@ def find_example(
 ) -> Tensor: # (2, channels, height, width) on the network's device, random but always the same
     "An input that the network accepts. Raises `ValueError` where none is found."
     like = next(model.parameters(), torch.zeros(0))
+    if example_input is not None: _check_images(example_input)
     if example_input is None: shapes = [(input_channels(model), side, side) for side in SIZES]
     else:
         shapes = [tuple(example_input.shape[1:])]
@@ -138,10 +200,19 @@ def find_example(
         if getattr(model, 'takes_pixels', False): x = x.sigmoid()
         x = x.to(device_of(model), like.dtype)
         try:
-            with evaluating(model): model(x)
+            with evaluating(model), untouched(model): model(x)
             return x
-        except (RuntimeError, ValueError, AssertionError) as e:
+        except REFUSALS as e:
             errors.append(f'{shape}: {(str(e) or type(e).__name__).splitlines()[0]}')
     raise ValueError(
         f"{type(model).__name__} accepted no input of the sizes {shapes}; pass example_input, one "
         f"batch as the network takes it (last error: {errors[-1]})")
+
+def _check_images(example_input: Any) -> None:
+    "Raises `TypeError` or `ValueError` for what is no batch of images."
+    if not isinstance(example_input, Tensor):
+        kind = type(example_input).__name__
+        raise TypeError(f'example_input must be a tensor (batch, channels, height, width), not a {kind}')
+    if example_input.ndim == 4: return
+    raise ValueError('example_input must be one batch of images, (batch, channels, height, width), '
+                     f'not a tensor of shape {tuple(example_input.shape)}')

@@ -50,17 +50,21 @@ def with_points(
     points: list[MaskPoint], # one for each of them
 ) -> fx.GraphModule: # shares all layers with `net`
     "Put a point behind each of some operations."
-    used = {n.target for n in graph.nodes if n.op in ('call_module', 'get_attr')}
-    root = {t: _find(net, t) for t in used}
+    for node in graph.nodes:                    # tensors are asked for anew at each call, since
+        if node.op == 'get_attr': node.target = f'whole.{node.target}'      # buffers are replaced
+    root = {n.target: net.get_submodule(n.target) for n in graph.nodes if n.op == 'call_module'}
+    root |= {n.target: _find(net, n.target) for n in graph.nodes if n.op == 'get_attr'}
     root |= {f'point{i}': p for i, p in enumerate(points)}
     for i, node in enumerate(nodes):
         with graph.inserting_after(node): point = graph.call_module(f'point{i}', (node,))
         node.replace_all_uses_with(point, delete_user_cb=lambda user: user is not point)
-    return fx.GraphModule(root, graph)
+    traced = fx.GraphModule(root, graph)
+    traced.add_module('whole', net)
+    return traced
 
 def _find(net: nn.Module, path: str) -> Any:
-    "The layer or tensor at a dotted path."
-    owner, _, name = path.rpartition('.')
+    "The tensor at a dotted path that begins with `whole`."
+    owner, _, name = path.removeprefix('whole.').rpartition('.')
     return getattr(net.get_submodule(owner), name)
 
 # %% ../../nbs/05_methods/07_activations.ipynb #f0757d3c
@@ -102,6 +106,9 @@ class ActivationMasks(Masks):
 
     def rows(self) -> dict[str, Any]:
         return {}           # points are not layers
+
+    def coupled_sets(self) -> dict[str, Tensor]:
+        return self.order
 
     def summary(self) -> str:
         return f', behind {len(self.kernels)} activations'

@@ -89,6 +89,12 @@ def rows(self: Masks) -> dict[str, Any]: # layer -> what the table says about it
     return {name: n for n, name in enumerate(self.kernels, 1)}
 
 @patch
+def coupled_sets(self: Masks) -> dict[str, Tensor]: # masked layer -> (kernels,) numbers
+    "The set of coupled kernels that each kernel belongs to."
+    channels = self.channels
+    return {name: channels.root[channels.layers[name].writes] for name in self.kernels}
+
+@patch
 def summary(self: Masks) -> str:
     "What the title of `mask_table` says about the masks."
     return ''

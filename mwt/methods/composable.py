@@ -114,6 +114,45 @@ def score_threshold(
     at = torch.searchsorted(filled, wanted, right=True).clamp_max(len(flat) - 1)
     return flat[at][0]
 
+
+# %% ../../nbs/05_methods/09_composable.ipynb #87b053ad
+GOLDEN = 0.6180339887498949
+
+def tie_rank(
+    n: int, # units
+    device: torch.device | str = 'cpu', # where they are
+) -> Tensor: # (units,), each number from 0 once
+    "The order in which units of equal score open: any first few are spread evenly."
+    parts = torch.arange(1, n + 1, dtype=torch.float64, device=device) * GOLDEN % 1
+    return parts.argsort().argsort()
+
+def fill_up(
+    tied: Tensor, # (classes, units) boolean, units whose score is that of the threshold
+    kernels: Tensor, # (units,), kernels in each unit
+    rank: Tensor, # (units,), from `tie_rank`
+    left: Tensor, # scalar, kernels that may still open, over all classes
+) -> Tensor: # (classes, units) boolean
+    "Those of the tied units that still fit."
+    cost = tied.sum(0) * kernels.to(torch.float64)
+    queue = torch.zeros_like(cost).scatter(0, rank, cost).cumsum(0)
+    return tied & (queue[rank] <= left)
+
+def best_of_empty(
+    chosen: Tensor, # (classes, units) boolean
+    scores: Tensor, # (classes, units)
+    groups: Tensor, # (units,), from 0
+    rank: Tensor, # (units,), from `tie_rank`
+) -> Tensor: # (classes, units) boolean
+    "The best unit of each group in which a class has none."
+    where = groups.expand_as(scores)
+    none = torch.full_like(scores, -1)              # there are at most as many groups as units
+    filled = none.scatter_reduce(1, where, chosen.to(scores.dtype), 'amax').gather(1, where) > 0
+    best = scores >= none.scatter_reduce(1, where, scores, 'amax').gather(1, where)
+    queue = torch.where(best, rank, len(rank)).expand_as(where)
+    first = torch.full_like(where, len(rank)).scatter_reduce(1, where, queue, 'amin').gather(1, where)
+    return ~filled & best & (queue == first)
+
+# %% ../../nbs/05_methods/09_composable.ipynb #2a0568e4
 def open_gates(
     scores: Tensor, # (classes, units), how much each unit means to each class
     kernels: Tensor, # (units,), kernels in each unit
@@ -122,11 +161,13 @@ def open_gates(
 ) -> Tensor: # (classes, units), 0 or 1
     "Open the gates with the highest scores; of every group and class at least one."
     if fraction >= 1: return torch.ones_like(scores)
-    where = groups.expand_as(scores)
-    best = torch.full_like(scores, -1)              # there are at most as many groups as units
-    best = best.scatter_reduce(1, where, scores, 'amax')
-    chosen = scores > score_threshold(scores, kernels, fraction)
-    return (chosen | (scores >= best.gather(1, where))).to(scores.dtype)
+    scores = scores.nan_to_num(0.)
+    rank = tie_rank(scores.shape[1], scores.device)
+    threshold = score_threshold(scores, kernels, fraction)
+    chosen = scores > threshold
+    left = fraction * kernels.sum() * len(scores) - (chosen * kernels).sum()
+    chosen |= fill_up(scores == threshold, kernels, rank, left)
+    return (chosen | best_of_empty(chosen, scores, groups, rank)).to(scores.dtype)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #e7054f15
 @patch

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from ..channels.mapping import ChannelMap, LayerInfo
 from .base import Masks
-from .points import MaskPoint, mask_points, recorded
+from .points import Gap, MaskPoint, recorded, remove_points_, replace_layer_
 
 # %% auto #0
 __all__ = []
@@ -46,7 +46,6 @@ class LayerMasks(Masks):
         super().__init__()
         self.channels = channels
         masked = [i for i in channels.infos if not i.reason]
-        self.norms = {i.name: i.norm for i in masked}
         self.kernels = {i.name: i.kernels for i in masked}
         self.points: dict[str, MaskPoint] = {}
         for info in masked: self.points[info.name] = self.place_(net, info, source(info))
@@ -54,10 +53,11 @@ class LayerMasks(Masks):
     def place_(self, net: nn.Module, info: LayerInfo, source: nn.Module) -> MaskPoint:
         "Put a point in the place of a layer and its norm."
         layer = net.get_submodule(info.name)
-        norm = net.get_submodule(info.norm) if info.norm else None
+        norm = None
+        if info.norm: norm = net.get_submodule(info.norm)
         point = MaskPoint(layer, norm, source.to(layer.weight))
-        net.set_submodule(info.name, point)
-        if info.norm: net.set_submodule(info.norm, nn.Identity())
+        if norm is not None: replace_layer_(net, norm, Gap(norm))
+        replace_layer_(net, layer, point)
         return point
 
     def with_masks(self, net: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
@@ -69,7 +69,4 @@ class LayerMasks(Masks):
             point.fixed = None if masks is None else masks[name].to(point.layer.weight)
 
     def strip_(self, net: nn.Module) -> nn.Module:
-        for name, point in mask_points(net).items():
-            net.set_submodule(name, point.layer)
-            if point.norm is not None: net.set_submodule(self.norms[name], point.norm)
-        return net
+        return remove_points_(net)

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/05_methods/04_modular.ipynb #165d25c8
 from __future__ import annotations
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.checks import check_range, seeded
 from ..core.display import Table
-from ..core.nets import head_size, logits_of
+from ..core.accepted import check_can_be_cut, check_hooks, check_is_network
+from ..core.nets import copy_of, evaluating, freeze_as_, head_size, logits_of, trainable, untouched
 from ..core.signature import Signature, Signed, signature_of
 from ..channels.trace import find_example
 from ..channels.mapping import ChannelMap, map_channels
@@ -40,6 +40,7 @@ class ModularModel(Signed):
         self.head = channels.head
         self.n_classes = head_size(net.get_submodule(channels.head))
         self.example_shape: tuple[int, ...] = tuple(example.shape[1:])  # (channels, height, width)
+        self.dtypes = first_weight(net).dtype, example.dtype        # when it was made
         self.masks = method.attach(net, channels, self.n_classes, example)
 
     @property
@@ -155,7 +156,7 @@ def fixed_masks(
 @patch
 def plain(self: ModularModel) -> nn.Module: # a copy without masks
     "The network under the masks."
-    net = self.masks.strip_(copy.deepcopy(self.net))
+    net = self.masks.strip_(copy_of(self.net))
     if self.signature is not None: net.signature = self.signature
     return net
 
@@ -164,21 +165,35 @@ def cut(self: ModularModel,
     keep: Mapping[str, Tensor], # masked layer -> (kernels,) boolean: the kernels to keep
 ) -> nn.Module: # the slim network in eval mode, with all outputs
     "Cut kernels out. Raises `ValueError` where a layer would be left without any."
-    return self.masks.cut(self.plain(), keep, self.example())
+    whole = self.plain()
+    flags = trainable(whole)
+    return freeze_as_(self.masks.cut(whole, keep, self.example()), flags)
 
 @patch
 def example(self: ModularModel) -> Tensor: # (2, channels, height, width)
     "An input on the model's device, random but always the same."
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *self.input_shape, generator=generator)
-    return x.to(next(self.parameters()))
+    return x.to(first_weight(self.net).device, self.input_dtype())
+
+@patch
+def input_dtype(self: ModularModel) -> torch.dtype:
+    "The type of the images that it takes: that of its weights, unless it was made with another."
+    weight, images = self.dtypes
+    now = first_weight(self.net).dtype
+    return now if weight == images or now != weight else images
+
+def first_weight(net: nn.Module) -> Tensor:
+    "The first weight, or an empty tensor where there is none."
+    return next(net.parameters(), torch.zeros(0))
 
 # %% ../../nbs/05_methods/04_modular.ipynb #93046e29
 def plain(
     model: nn.Module, # a modular model, or any network
 ) -> nn.Module: # a copy without masks
     "The network under the masks."
-    if not isinstance(model, ModularModel): return copy.deepcopy(model)
+    check_is_network(model)
+    if not isinstance(model, ModularModel): return copy_of(model)
     return model.plain()
 
 # %% ../../nbs/05_methods/04_modular.ipynb #65c1ba76
@@ -194,6 +209,33 @@ def choose_layers(
         infos.append(replace(info, reason=reasons.get(info.name, info.reason)))
     return method.choose(replace(channels, infos=infos))
 
+# %% ../../nbs/05_methods/04_modular.ipynb #f5dcff91
+GOLDEN = 0.6180339887498949
+
+def trial_masks(
+    sets: Mapping[str, Tensor], # masked layer -> (kernels,), the set of coupled kernels of each
+) -> dict[str, Tensor]: # (kernels,) boolean; coupled kernels get the same, no layer is without any
+    "Masks that keep about half of the kernels."
+    kept = {name: roots.double() * GOLDEN % 1 < .5 for name, roots in sets.items()}
+    empty = [sets[name][0] for name, mask in kept.items() if not mask.any()]
+    forced = torch.stack(empty) if empty else torch.zeros(0, dtype=torch.long)
+    return {name: mask | torch.isin(sets[name], forced) for name, mask in kept.items()}
+
+def check_cut(
+    model: ModularModel, # a fresh one
+) -> None:
+    "Raises `ValueError` where a cut network computes something else than the masked one."
+    x, masks = model.example(), trial_masks(model.masks.coupled_sets())
+    with evaluating(model), untouched(model), fixed_masks(model, masks): expected = model(x)
+    with torch.no_grad(): found = model.cut(masks)(x)
+    coarse = x.device.type != 'cpu' or x.dtype in (torch.float16, torch.bfloat16)
+    error, size = (found - expected).abs().max(), expected.abs().max()
+    if not expected.isfinite().all() or error <= (.1 if coarse else 1e-3) * size: return
+    raise ValueError(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
+                     f'computes something else than with them switched off (by {error:.2g}, where '
+                     f'logits are of size {size:.2g}). Something reads zeros as something else, or '
+                     'asks for the class of a layer; leave the layers before it unmasked (filter_fn)')
+
 # %% ../../nbs/05_methods/04_modular.ipynb #009918c8
 def modularize(
     model: nn.Module, # a plain network; not changed
@@ -207,16 +249,19 @@ def modularize(
     "Put masks on a network. Raises `ValueError` for one that cannot have them."
     method = make_method(method, **settings)
     check_range('n_classes', n_classes, 2, integer=True)
+    check_can_be_cut(model)
     if mask_points(model) or isinstance(model, ModularModel):
         raise ValueError(f"{type(model).__name__} is already modularized; "
                          "take the masks off with plain(model)")
-    net = copy.deepcopy(model)
+    net = copy_of(model)
     example = find_example(net, example_input)
+    check_hooks(net, example)
     channels = map_channels(net, example)
     _check_head(net, channels, n_classes)
     channels = choose_layers(channels, method, _excluded(net, channels, filter_fn))
     with seeded(seed): made = ModularModel(net, method, channels, example)
     made.signature = signature_of(net)
+    check_cut(made)
     return made
 
 # %% ../../nbs/05_methods/04_modular.ipynb #8c224a54
@@ -229,8 +274,12 @@ def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:
 def _excluded(net: nn.Module, channels: ChannelMap, filter_fn: Callable | None) -> set[str]:
     "The layers that the user leaves out."
     if filter_fn is None: return set()
-    names = [i.name for i in channels.infos]
-    return {name for name in names if not filter_fn(net.get_submodule(name), name)}
+    names: dict[nn.Module, list[str]] = {}      # a layer may be registered more than once
+    for name, layer in net.named_modules(remove_duplicate=False):
+        names.setdefault(layer, []).append(name)
+    layers = {i.name: net.get_submodule(i.name) for i in channels.infos}
+    wanted = {n: all(filter_fn(layer, other) for other in names[layer]) for n, layer in layers.items()}
+    return {name for name, yes in wanted.items() if not yes}
 
 # %% ../../nbs/05_methods/04_modular.ipynb #9a0491fd
 def mask_table(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 from torch import Tensor, nn
 
 # %% auto #0
@@ -17,6 +18,18 @@ def binarize(
 ) -> Tensor: # boolean, the same shape
     "The kernels that are used: those whose mask is above zero."
     return mask > 0
+
+# %% ../../nbs/05_methods/02_points.ipynb #fb8b6656
+def attribute_of(
+    layer: nn.Module, # a layer that stands in the place of another
+    name: str, # an attribute that it may not have
+    other: nn.Module | None, # the other
+) -> Any:
+    "An attribute of a layer or, where it has none, of the one whose place it has taken."
+    try: return nn.Module.__getattr__(layer, name)
+    except AttributeError:
+        if other is None or name.startswith('__'): raise
+        return getattr(other, name)
 
 # %% ../../nbs/05_methods/02_points.ipynb #a4a5fdb2
 class MaskPoint(nn.Module):
@@ -34,8 +47,9 @@ class MaskPoint(nn.Module):
         self.outputs: list[Tensor] | None = None    # where to put the output, likewise
         self.register_buffer('fixed', None, persistent=False)   # (kernels,), for all images
 
-    @property
-    def weight(self) -> Tensor: return self.layer.weight         # networks may ask for its type
+    def __getattr__(self, name: str) -> Any:
+        "A network may ask a layer for its weight's type, its stride, ..."
+        return attribute_of(self, name, self.__dict__.get('_modules', {}).get('layer'))
 
     def mask(self, x: Tensor) -> Tensor | None:
         "The mask for an input: (batch, kernels), or (1, kernels) when it is the same for all."
@@ -64,6 +78,37 @@ def along_channels(
     ones = [1] * (y.ndim - 2)
     if isinstance(layer, nn.Linear): return mask.view(len(mask), *ones, -1)
     return mask.view(len(mask), -1, *ones)
+
+# %% ../../nbs/05_methods/02_points.ipynb #6651516a
+def replace_layer_(
+    net: nn.Module, # changed in place
+    old: nn.Module, # a layer of it, under any number of names
+    new: nn.Module, # what takes its place; may hold it
+) -> None:
+    "Put another layer in the place of one, wherever it is registered."
+    for owner in list(net.modules()):
+        for name, layer in owner._modules.items():
+            if layer is old and owner is not new: owner._modules[name] = new
+
+class Gap(nn.Identity):
+    "Where a norm stood that a point holds."
+    def __init__(self,
+        norm: nn.Module, # that has moved; not registered here
+    ) -> None:
+        super().__init__()
+        self.held = [norm]
+
+    def __getattr__(self, name: str) -> Any:
+        return attribute_of(self, name, self.__dict__.get('held', [None])[0])
+
+def remove_points_(
+    net: nn.Module, # changed in place
+) -> nn.Module: # the same
+    "Put all layers that points hold back to where they were."
+    for layer in list(net.modules()):
+        if isinstance(layer, MaskPoint): replace_layer_(net, layer, layer.layer)
+        elif isinstance(layer, Gap): replace_layer_(net, layer, layer.held[0])
+    return net
 
 # %% ../../nbs/05_methods/02_points.ipynb #6c51738d
 def mask_points(

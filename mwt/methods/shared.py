@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.nets import device_of
+from ..core.nets import copy_of, device_of, freeze_as_, trainable
 from ..channels.cut import kept_channels, slice_channels_
 from ..channels.mapping import ChannelMap
 from .base import Masks
 from .layers import need_one
-from .points import MaskPoint, mask_points
+from .points import MaskPoint, remove_points_, replace_layer_
 
 # %% auto #0
 __all__ = []
@@ -130,7 +130,8 @@ class SharedMasks(Masks):
             units = self.unit_of_channel[layer.writes[there[layer.writes]]]
             if name not in self.channels.needed or (units == self.n_units).all(): continue
             source = SharedMask(self.current, units.to(device_of(net)))
-            net.set_submodule(name, MaskPoint(net.get_submodule(name), source=source))
+            old = net.get_submodule(name)
+            replace_layer_(net, old, MaskPoint(old, source=source))
 
 # %% ../../nbs/05_methods/06_shared.ipynb #79027e0f
 @patch
@@ -151,8 +152,7 @@ def with_masks(self: SharedMasks, net: nn.Module, x: Tensor) -> tuple[Any, list[
 
 @patch
 def strip_(self: SharedMasks, net: nn.Module) -> nn.Module:
-    for name, point in mask_points(net).items(): net.set_submodule(name, point.layer)
-    return net
+    return remove_points_(net)
 
 @patch
 def rows(self: SharedMasks) -> dict[str, Any]:
@@ -220,7 +220,9 @@ def without_closed_kernels(
     keep = open_units(gates.opened().cpu(), gates.groups.cpu(), multiple)
     masks = {name: keep[shared.units_of(name)] for name in shared.kernels}
     slim = _copy_around(model)
-    slim.net = slice_channels_(model.plain(), shared.channels, masks)
+    whole = model.plain()
+    flags = trainable(whole)
+    slim.net = freeze_as_(slice_channels_(whole, shared.channels, masks), flags)
     slim.net.train(model.training)
     slim.masks.place_(slim.net, kept_channels(shared.channels, masks))
     return slim
@@ -242,7 +244,7 @@ def weight_origins(
     "Where the weights of the smaller network come from."
     model.masks.release()
     numbers = _copy_around(model)
-    numbers.net = copy.deepcopy(model.net).double()         # whole numbers up to 2**53
+    numbers.net = copy_of(model.net)._apply(lambda t: t.double())   # whole numbers up to 2**53
     for t in numbers.net.state_dict().values():
         t.copy_(torch.arange(t.numel()).view(t.shape))
     small = without_closed_kernels(numbers, multiple).net

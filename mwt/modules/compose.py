@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 import torch
 from torch import nn
-from ..core.nets import device_of
+from ..core.nets import device_of, freeze_as_, trainable
 from ..core.signature import weights_of
 from ..data.batches import ImageData
 from .module import SlimModule, describe_layer, renamed
@@ -91,6 +91,7 @@ def compose(
     whole = SlimModule(about | joined_description(modules))
     weights = {f'part{i}.{k}': v for i, m in enumerate(modules) for k, v in weights_of(m).items()}
     whole.load_state_dict(weights)
+    for i, m in enumerate(modules): freeze_as_(whole, trainable(m), f'part{i}.')
     return whole.to(device_of(first)).eval()
 
 # %% ../../nbs/08_modules/07_compose.ipynb #13c4b76e
@@ -122,6 +123,7 @@ def add_head(
     extended = SlimModule(with_new_head(module.description, head))
     new = {f'new_head.{k}': v for k, v in head.state_dict().items()}
     extended.load_state_dict(weights_of(module) | new)
+    freeze_as_(extended, trainable(module))
     return extended.to(device_of(module)).eval()
 
 # %% ../../nbs/08_modules/07_compose.ipynb #09441c3d

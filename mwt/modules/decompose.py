@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from ..core.accepted import check_is_network, check_unwrapped
 from ..core.checks import check_range
 from ..core.display import progress
 from ..core.nets import device_of, evaluating
@@ -85,7 +86,7 @@ def count_masks(
     counter = MaskCounter(model.n_classes, kernels, samples, batches.device)
     with evaluating(model):
         for images, labels in progress(batches, 'decomposing', show_progress):
-            counter.add(model.method.active(model, images), labels)
+            counter.add(model.method.active(model, images.to(model.input_dtype())), labels)
     if batches.shared: counter.merge()
     return counter
 
@@ -177,7 +178,9 @@ def decompose(
     show_progress: bool = True, # a progress bar
 ) -> Parts: # the kernels of all classes
     "Find the kernels of each class (MwT, section 3.3). Raises first if something does not fit."
+    check_is_network(model)
     if not isinstance(model, ModularModel):
+        check_unwrapped(model)
         raise TypeError(f"{type(model).__name__} was never modularized, it makes no masks; "
                         "use modularize(model, ...) and train it")
     check_range('threshold', threshold, 0, 1, open_low=True)

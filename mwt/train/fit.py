@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from ..core.accepted import check_answer, check_can_train
 from ..core.checks import check_choice, check_range, seeded
 from ..core.display import percent, progress
 from ..core.files import load_tensors, save_tensors
-from ..core.nets import evaluating, logits_of, memory_format
+from ..core.nets import evaluating, input_dtype, memory_format, untouched
 from ..core.processes import global_sum, rank_and_size
 from ..core.signature import signature_of, weights_of
 from ..data.batches import ImageData
@@ -41,10 +42,15 @@ def check_fit(
     check_channels(model, data.train)
     images = torch.zeros(2, *data.shape, device=data.device)
     try:
-        with evaluating(model): logits = logits_of(model(images))
+        with evaluating(model), untouched(model): logits = model(images)
     except RuntimeError as e:
+        kind = input_dtype(model)
+        if kind != torch.float32:
+            raise ValueError(f"the network's weights are {kind}, and training is done in float32; "
+                             "call model.float() first (amp=True computes in bfloat16)") from e
         shape = tuple(images.shape[1:])
         raise ValueError(f"the network does not accept images of {shape}: {e}") from e
+    check_answer(model, logits)
     if logits.shape[1] == data.n_classes: return
     raise ValueError(f"the network answers for {logits.shape[1]} classes, "
                      f"the data has {data.n_classes}; "
@@ -297,6 +303,7 @@ def fit(
     **options: Any, # fields of `TrainConfig`, e.g. `lr=0.1`
 ) -> History: # one row an epoch
     "Train a network. Raises `ValueError` before any work where something does not fit."
+    check_can_train(model)
     config = make_config(config, **options)
     check_range('epochs', epochs, 1, integer=True)
     data = own_share(found_data(data, device, model))
