@@ -373,7 +373,7 @@ def test_step_never_waits(name: str, kind: str, epochs: float, data: ImageData) 
 
 @every_kind
 def test_step_in_bfloat16_never_waits(kind: str, data: ImageData) -> None:
-    assert sum(step_calls(network('simcnn', kind), data.train.sample(128), 1.5, amp=True).values()) > 100
+    assert sum(step_calls(network('simcnn', kind), data.train.sample(256), 1.5, amp=True).values()) > 100
 
 
 def test_watch_sees_what_it_should() -> None:

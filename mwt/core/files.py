@@ -119,6 +119,17 @@ def atomic_write(
         raise error from e
     return path
 
+# %% ../../nbs/01_core/02_files.ipynb #3f326037
+def check_writable(
+    path: str | Path, # of a file that shall be written later; its folder is made if missing
+) -> None:
+    "Raises `OSError` where a file cannot be written."
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as f: f.write(b'x')
+    except OSError as e: raise unwritable(path, e) from e
+
 # %% ../../nbs/01_core/02_files.ipynb #19641953
 def _checksum(
     tensors: Mapping[str, Tensor], # by name, on the CPU and contiguous
