@@ -180,6 +180,7 @@ class Run:
         self.overwrite = overwrite
         self.resuming = False       # does `train` go on with a run that was stopped?
         self.done = False           # has `train` nothing left to do?
+        self.begun = False          # has `train` taken the folder?
         self._owner = False         # is the folder locked by this run?
         self._data: dict[torch.device, ImageData] = {}
 

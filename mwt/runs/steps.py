@@ -34,6 +34,7 @@ def _prepare_(
     if rank_and_size()[1] > 1: here['processes'] = rank_and_size()[1]
     run.settings |= dict(environment=here, classes=list(data.classes), channels=data.channels,
                          fingerprint=call.fingerprint)
+    run.begun = True
     if rank_and_size()[0]: return
     if not run.resuming: clear_run_(run_folder(run.folder, run.overwrite))
     clear_scraps_(run.folder)
