@@ -149,7 +149,7 @@ def plot_layers(
     for ax, layer in zip(axes.flat, parts.sizes):
         plot_masks(parts, layer, ax)
         fraction = percent(float(kept[layer].float().mean()), 0)
-        ax.set_title(f'{layer}: {fraction} kept', fontsize='small')
+        ax.set_title(f'{layer}: {fraction} kept', fontsize='small', parse_math=False)
         ax.set_xlabel('')
     return figure
 
