@@ -130,7 +130,7 @@ WRONG_LATER: dict[str, tuple[list[Any], str]] = {
     'no class': (['extract', ','], 'no target class given; name at least one of 0, 1'),
     'empty word': (['extract', ''], 'no target class given'),
     'twice': (['extract', '1,1'], "'1' is given twice"),
-    'number': (['extract', '10'], 'class number 10 out of range'),
+    'number': (['extract', '10'], 'names are numbers here, so only names count'),
     'negative': (['extract', '-1'], "unknown class '-1'"),
     'second group': (['extract', '4,5', 'one'], "unknown class 'one'"),
     'no kernels': (['extract', '1', '--round-to', 0], 'round_to must be a whole number at least 1, not 0'),

@@ -139,4 +139,4 @@ def _dot(ax: plt.Axes, x: int, y: int, name: str, n: int, stays: bool) -> None:
     "One kernel."
     colour = 'lightgrey' if stays else plt.colormaps['Set3'](n % 8)
     ax.scatter(x, y, s=230, marker='s' if stays else 'o', color=colour, edgecolors='grey')
-    ax.text(x, y, name, ha='center', va='center', fontsize=8)
+    ax.text(x, y, name, ha='center', va='center', fontsize=8, parse_math=False)

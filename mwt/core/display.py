@@ -4,9 +4,11 @@
 
 # %% ../../nbs/01_core/03_display.ipynb #f6c86980
 from __future__ import annotations
+import html
 import math
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from tabulate import tabulate
 
@@ -28,6 +30,22 @@ def progress(
     disable = only_in_terminals if show_progress else True
     return tqdm(items, desc=text, disable=disable, leave=False, dynamic_ncols=True, **kwargs)
 
+# %% ../../nbs/01_core/03_display.ipynb #addeea63
+def visible(
+    value: Any, # of a cell
+) -> str: # one line
+    "A value as text without line ends and other control characters."
+    spelled = (c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    return ''.join(spelled)
+
+MARKUP = re.compile(r'[\\`*\[\]<>|$~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])')
+
+def escaped(
+    value: Any, # of a cell
+) -> str: # for Markdown
+    "A value as text that Markdown shows as it is."
+    return MARKUP.sub(lambda found: '\\' + found[0], visible(value))
+
 # %% ../../nbs/01_core/03_display.ipynb #31265872
 class Table:
     "Rows of named values, shown as text, HTML or Markdown."
@@ -40,17 +58,20 @@ class Table:
 
     def __len__(self) -> int: return len(self.rows)
 
-    def _render(self, title: str, style: str) -> str:
+    def _render(self, title: str, style: str, spell: Callable[[Any], str] = visible) -> str:
         "The title as it is spelled in that style, above the rows."
         columns = len(self.rows[0]) if self.rows else 0
         align = ['left'] + ['right'] * (columns - 1) if columns else None
-        body = tabulate(self.rows, 'keys', tablefmt=style, disable_numparse=True, colalign=align)
-        return title + body if self.title else body
+        rows = [{spell(k): spell(v) for k, v in row.items()} for row in self.rows]
+        body = tabulate(rows, 'keys', tablefmt=style, disable_numparse=True, colalign=align)
+        return title.format(spell(self.title)) + body if self.title else body
 
-    def __str__(self) -> str: return self._render(f'{self.title}\n', 'simple')
+    def __str__(self) -> str: return self._render('{}\n', 'simple')
     __repr__ = __str__
-    def _repr_markdown_(self) -> str: return self._render(f'**{self.title}**\n\n', 'github')
-    def html(self) -> str: return self._render(f'<p><b>{self.title}</b></p>', 'html')
+    def _repr_markdown_(self) -> str: return self._render('**{}**\n\n', 'github', escaped)
+    def html(self) -> str:
+        title = '<p><b>{}</b></p>'.format(html.escape(visible(self.title)))
+        return (title if self.title else '') + self._render('', 'html')
 
 # %% ../../nbs/01_core/03_display.ipynb #9bf6a6f0
 def percent(

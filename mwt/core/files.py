@@ -4,11 +4,15 @@
 
 # %% ../../nbs/01_core/02_files.ipynb #dc24325a
 from __future__ import annotations
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 import torch
@@ -19,6 +23,57 @@ from torch import Tensor
 # %% auto #0
 __all__ = []
 
+# %% ../../nbs/01_core/02_files.ipynb #2ab78df1
+def error_number(
+    e: Exception, # of a write that failed
+) -> int | None: # one of `errno`; `None` where the operating system did not say no
+    "Why the operating system refused."
+    if isinstance(e, OSError): return e.errno
+    if not isinstance(e, SafetensorError): return None
+    found = re.search(r'os error (\d+)', str(e))
+    return int(found[1]) if found else None
+
+# %% ../../nbs/01_core/02_files.ipynb #47befa1b
+REFUSALS: dict[int, tuple[str, str]] = { # error -> what it means, and the way out
+    errno.ENOSPC: ('the disk of {folder} is full, {free} are free',
+                   'delete what is no longer needed there, such as old runs, or name a folder on '
+                   'another disk'),
+    errno.EDQUOT: ('the quota on the disk of {folder} is used up',
+                   'delete files of yours there, ask for a larger quota, or name a folder on '
+                   'another disk'),
+    errno.EFBIG: ('files may not become that large here',
+                  'raise the limit (ulimit -f unlimited), or name a folder on another disk'),
+    errno.EACCES: ('writing into {folder} is not permitted',
+                   'change its permissions (chmod u+rwx), or name a folder of your own'),
+    errno.EROFS: ('the disk of {folder} is read-only', 'name a folder on another disk'),
+    errno.ENAMETOOLONG: ('its name is too long', 'name a shorter one'),
+    errno.EIO: ('the disk of {folder} fails', 'check the disk, or name a folder on another one')}
+REFUSALS[errno.EPERM] = REFUSALS[errno.EACCES]
+
+def _free(folder: Path) -> str:
+    "How much room a disk has left, in words."
+    with suppress(OSError): return f'{shutil.disk_usage(folder).free / 1e6:.1f} MB'
+    return 'no bytes'
+
+# %% ../../nbs/01_core/02_files.ipynb #69f34106
+def unwritable(
+    path: str | Path, # what was to be written
+    e: Exception, # why that failed
+) -> OSError | None: # to be raised; `None` for an error that is not of the disk
+    "An error that names the file, the reason and the way out."
+    path = Path(path)
+    number = error_number(e)
+    if number is None: return None
+    reason = os.strerror(number).lower(), 'check the folder, or name another one'
+    reason, way_out = REFUSALS.get(number, reason)
+    reason = reason.format(folder=path.parent, free=_free(path.parent))
+    kept = ''
+    with suppress(OSError): kept = f'{path.name} is as it was before; ' if path.is_file() else ''
+    kind = type(OSError(number, ''))
+    error = kind(f"could not write {path}: {reason}; {kept}{way_out}")
+    error.errno = number
+    return error
+
 # %% ../../nbs/01_core/02_files.ipynb #f04df95a
 def _umask() -> int:
     "The permission bits that new files of this process lack; asking for them means setting them."
@@ -26,21 +81,54 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
+def _sync(path: Path) -> None:
+    "Wait until the disk holds a file. Raises `OSError` where it has no room for it."
+    handle = os.open(path, os.O_RDWR)
+    try: os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise     # a disk that cannot be asked
+    finally: os.close(handle)
+
+def _write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    "Write to a temporary neighbour and rename that."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:100]}.')
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        _sync(Path(temporary))
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError): Path(temporary).unlink(missing_ok=True)
+
+# %% ../../nbs/01_core/02_files.ipynb #dd3a34a5
+GUARDS: list[Callable[[Path], None]] = []      # asked before a file is written; they raise to forbid it
+
 def atomic_write(
     path: str | Path, # the file to make or replace; its folder is made if missing
     write: Callable[[Path], Any], # writes the content to the path that it is given
 ) -> Path: # `path`
     "Write a file so that readers see either the old content or the new one, never a half."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally: Path(temporary).unlink(missing_ok=True)
+    for check in GUARDS: check(path)
+    try: _write_beside(path, write)
+    except (OSError, SafetensorError) as e:
+        error = unwritable(path, e)
+        if error is None: raise
+        raise error from e
     return path
+
+# %% ../../nbs/01_core/02_files.ipynb #3f326037
+def check_writable(
+    path: str | Path, # of a file that shall be written later; its folder is made if missing
+) -> None:
+    "Raises `OSError` where a file cannot be written."
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as f: f.write(b'x')
+    except OSError as e: raise unwritable(path, e) from e
 
 # %% ../../nbs/01_core/02_files.ipynb #19641953
 def _checksum(

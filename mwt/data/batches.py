@@ -380,7 +380,7 @@ def _draw(
         row, column = divmod(i, columns)
         x = column * (width + gap[1]) + width / 2 - .5
         y = row * (height + gap[0]) + height
-        ax.text(x, y, name[:12], ha='center', va='top', fontsize=8)
+        ax.text(x, y, name[:12], ha='center', va='top', fontsize=8, parse_math=False)
     return ax
 
 # %% ../../nbs/02_data/05_batches.ipynb #9db6b28d

@@ -115,8 +115,9 @@ def plot_masks(
     n = len(parts.classes)
     if ax is None: _, ax = plt.subplots(figsize=(8, 0.6 + 0.22 * n), layout='constrained')
     ax.imshow(kept.numpy(), cmap='Greys', vmin=0, vmax=1, aspect='auto', interpolation='nearest')
-    ax.set_yticks(range(n), parts.classes)
-    ax.set_xlabel(f'kernel of {layer}' if layer else 'kernel, layer after layer')
+    ax.set_yticks(range(n), parts.classes, parse_math=False)      # names are text
+    xlabel = f'kernel of {layer}' if layer else 'kernel, layer after layer'
+    ax.set_xlabel(xlabel, parse_math=False)
     ax.set_title('Kernels kept (black) by each class')
     edges = [] if layer else np.cumsum(list(parts.sizes.values()))[:-1]
     for edge in edges: ax.axvline(edge - .5, color='tab:red', linewidth=.7)
@@ -133,8 +134,8 @@ def plot_coupling(
     size = 1.5 + 0.42 * n, 1 + 0.38 * n
     if ax is None: _, ax = plt.subplots(figsize=size, layout='constrained')
     ax.imshow(alike.numpy(), cmap='Greys', vmin=0, vmax=1)
-    ax.set_xticks(range(n), parts.classes, rotation=90)
-    ax.set_yticks(range(n), parts.classes)
+    ax.set_xticks(range(n), parts.classes, rotation=90, parse_math=False)
+    ax.set_yticks(range(n), parts.classes, parse_math=False)
     ax.set_title('Coupling of modules')
     if n <= 20: _write_values(ax, alike)
     return ax

@@ -184,6 +184,7 @@ def parser(
     text = 'Train convolutional networks to be modular and take them apart.'
     top = argparse.ArgumentParser('mwt', description=text)
     top.add_argument('--version', action='version', version=f'mwt {mwt.__version__}')
+    _add(top, [DEBUG])
     commands = top.add_subparsers(required=True, metavar='COMMAND', dest='command')
     definitions = {node.name: (node, options)
                    for node, options in read_definitions(PACKAGE/'runs'/'commands.py')}
@@ -205,6 +206,12 @@ def main(
     options = vars(parser(words).parse_args(words))     # ends here for help and mistyped words
     command = options.pop('command')
     debug = options.pop('debug', False)
+    for stream in (sys.stdout, sys.stderr):     # names may have letters that a terminal has not
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try: from mwt.runs.commands import run_command      # only now: it brings PyTorch
-    except KeyboardInterrupt: return 2
+    except BaseException as e:
+        if debug: raise
+        said = ' '.join(str(e).split()) or 'interrupted'
+        print(f'mwt: {said} ({type(e).__name__}; --debug shows where)', file=sys.stderr)
+        return 2
     return run_command(command, options, debug)

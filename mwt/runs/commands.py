@@ -8,18 +8,17 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, Literal
 import torch
 import torch.distributed as dist
-from ..core.checks import resolve_device
+from ..core.checks import nearest, resolve_device
 from ..core.processes import processes, rank_and_size
 from ..measure import profile
-from ..modules.parts import Parts
 from .demo import demo
 from .report import Run
-from .run import module_name
 
 # %% auto #0
 __all__ = []
@@ -35,20 +34,27 @@ def together(
         with redirect_stdout(out): yield device
 
 # %% ../../nbs/09_runs/05_commands.ipynb #069c65b2
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else [])]
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     "Inside the block SIGTERM, as schedulers and torchrun send it, is an error like any other."
-    def stop(number: int, frame: Any) -> None: raise InterruptedError('asked to stop (SIGTERM)')
+    def stop(number: int, frame: Any) -> None:
+        raise InterruptedError(f'asked to stop ({signal.Signals(number).name})')
     if not _in_main_thread():           # only the main thread hears signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS[1:]:
+        if before[number] != signal.SIG_IGN: signal.signal(number, stop)
     try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
 
 def undisturbed() -> None:
-    "What is on its way to the user is not cut short by SIGTERM."
-    if _in_main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    "What is on its way to the user is not cut short by a signal."
+    if not _in_main_thread(): return
+    for number in SIGNALS: signal.signal(number, signal.SIG_IGN)
 
 def _in_main_thread() -> bool: return threading.current_thread() is threading.main_thread()
 
@@ -57,28 +63,34 @@ def _stopped(
     e: BaseException, # what ended the training
 ) -> RuntimeError:
     "What to say of a run that can be resumed."
-    undisturbed()
     from_others = any(word in str(e).lower() for word in ('gloo', 'nccl'))
     lost = from_others and rank_and_size()[1] > 1
     why = 'another process was lost' if lost else str(e) or 'interrupted'
-    return RuntimeError(f"training stopped: {why}. Its whole epochs are kept; "
-                        "the same command with --resume goes on from there")
+    way = 'the same command with --resume goes on from there'
+    if isinstance(e, torch.OutOfMemoryError):
+        way = way.replace('--resume', '--resume and --accumulate N')
+    return RuntimeError(f"training stopped: {why}. Its whole epochs are kept; {way}")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #31d79703
 def cmd_train(
     out: str, # folder of the run
     device: str | None = None, # 'cpu' or 'cuda'; left out: CUDA where there is one
     compile: Literal['auto', 'yes', 'no'] = 'auto', # torch.compile; auto: on CUDA, for long runs
-    resume: bool = False, # go on with the run in the folder, if one was stopped there
+    resume: bool = False, # go on with the run in the folder; nothing is done where it is complete
     overwrite: bool = False, # take a folder that holds another run
     **settings: Any, # of `run_settings`
 ) -> None:
     "train a network to be modular"
     run = Run.create(out, overwrite=overwrite, resume=resume, **settings)
     with together(resolve_device(device)) as device:
+        if run.done: print(f"{out} is complete, nothing is left to do; --overwrite trains it again")
         try: history = run.train(device, dict(yes=True, no=False).get(compile, compile))
-        except (RuntimeError, InterruptedError, KeyboardInterrupt) as e:
-            if run.path('resume').is_file(): raise _stopped(e) from e
+        except FloatingPointError as e:
+            undisturbed()
+            raise FloatingPointError(f"{e}; with other settings start afresh by --overwrite") from e
+        except (RuntimeError, OSError, KeyboardInterrupt) as e:
+            undisturbed()
+            if run.begun and run.path('resume').is_file(): raise _stopped(e) from e
             raise
         print(history.table())
         print(f"best epoch {history.best_epoch}, kept in {run.path('model')}")
@@ -97,21 +109,72 @@ def cmd_decompose(
         print(f"kept in {run.path('parts')}")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #0bc0ea3e
+def _is_number(
+    name: str, # of a class, or as it was typed
+) -> bool:
+    "Could this be meant as a number?"
+    try: float(name)
+    except ValueError: return False
+    return any(c.isdigit() for c in name)
+
 def _class(
     word: str, # as it was typed
-    parts: Parts, # of the run
-) -> str | int: # a name, or a number
+    classes: Sequence[str], # names
+) -> str | int | None: # a name, or a number; `None` for neither
     "What a word means."
-    word = word.strip()
-    return int(word) if word not in parts.classes and word.isdecimal() else word
+    bare = word.strip()
+    for name in (word, bare):
+        if name in classes: return name
+    quoted = len(bare) > 1 and bare[0] == bare[-1] == '"'
+    if quoted and (name := bare[1:-1].replace('""', '"')) in classes: return name
+    if bare.isdecimal() and not any(map(_is_number, classes)): return int(bare)
+    return None
+
+# %% ../../nbs/09_runs/05_commands.ipynb #d796f845
+def _readings(
+    words: str, # names or numbers, joined by commas
+    classes: Sequence[str], # names
+) -> list[list[str | int]]: # each a list of classes that exist
+    "All ways to take the words for classes."
+    pieces = words.split(',')
+    found = [[[]]]          # at n: the readings of the first n pieces
+    for end in range(1, len(pieces) + 1):
+        spans = {start: ','.join(pieces[start:end]) for start in range(end)}
+        named = {start: _class(span, classes) for start, span in spans.items()}
+        here = [before + [name] for start, name in named.items() if name is not None
+                for before in found[start]]
+        empty = not pieces[end - 1].strip()
+        found.append(here + (found[end - 1] if empty else []))
+        del found[end][9:]          # enough to see that there are several
+    return found[-1]
 
 def _group(
     words: str, # names or numbers, joined by commas
-    parts: Parts, # of the run
+    classes: Sequence[str], # names
 ) -> list[str | int]: # the classes of a module
-    "The classes of one module. A class whose own name has a comma is taken as it is."
-    if words in parts.classes: return [words]
-    return [_class(word, parts) for word in words.split(',') if word.strip()]
+    "The classes of one module. Raises `ValueError` for words with no meaning, or with two."
+    if words in classes and words.count(',') == 0: return [words]
+    found = _readings(words, classes)
+    if len(found) == 1: return found[0]
+    if found:
+        raise ValueError(f"{words!r} can be read in several ways: {found[0]} or {found[1]}; put "
+                         "names with a comma into double quotes inside the word")
+    raise _unknown(words, classes)
+
+# %% ../../nbs/09_runs/05_commands.ipynb #69db5744
+def _unknown(
+    words: str, # as they were typed
+    classes: Sequence[str], # names
+) -> ValueError: # to be raised
+    "An error that names the word, what is known, and how to write it."
+    word = next(w.strip() for w in words.split(',') if w.strip() and _class(w, classes) is None)
+    known = ', '.join(map(repr, classes))
+    hint = ''
+    if any(',' in name for name in classes):
+        hint = """; a name with a comma is put into double quotes: '"salt, pepper",cat'"""
+    numbers = any(map(_is_number, classes))
+    if _is_number(word) and numbers: hint += '; names are numbers here, so only names count'
+    return ValueError(f"unknown class {word!r}{nearest(word, classes)} (known: {known}){hint}")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #5ac1f217
 def cmd_extract(
@@ -123,14 +186,14 @@ def cmd_extract(
 ) -> None:
     "cut out modules"
     run = Run.open(out)
-    parts = run.parts()
-    groups = [_group(words, parts) for words in classes]
+    names = run.parts().classes
+    groups = [_group(words, names) for words in classes]
     device = resolve_device(device)
     modules = run.extract(*groups, fuse=fuse, round_to=round_to, device=device)
     model = run.model(device)
     for module in modules:
         print(profile(module, against=model))
-        print(f"kept in {run.folder/'modules'/module_name(module.classes)}.safetensors")
+        print(f"kept in {run.module_path(module.classes)}")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #366f678a
 def cmd_evaluate(
@@ -176,6 +239,24 @@ def one_line(
     if isinstance(e, EXPECTED): return f'{who} {text}'
     return f'{who} {type(e).__name__}: {text} (--debug shows where)'
 
+# %% ../../nbs/09_runs/05_commands.ipynb #00bb9acf
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: Any = None, line: str | None = None,
+) -> None:
+    "A warning as the user reads it (its arguments are those of `warnings.showwarning`)."
+    text = ' '.join(str(message).split())
+    with suppress(OSError): print(f'mwt: warning: {text}', file=file or sys.stderr, flush=True)
+
+def delivered() -> None:
+    "Raises `OSError` where what was printed does not arrive."
+    try: sys.stdout.flush()
+    except OSError as e:
+        with suppress(OSError, ValueError):             # nothing more can be said there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"the work is done, but what was to be said does not arrive ({e}); look at "
+                      "where the output goes") from e
+
 # %% ../../nbs/09_runs/05_commands.ipynb #4f6dc89a
 def run_command(
     name: str, # 'train', 'decompose', ...
@@ -183,15 +264,17 @@ def run_command(
     debug: bool = False, # let errors through
 ) -> int: # exit status: 0, or 2 after an error
     "Run a command; an error becomes one line."
-    with stoppable():
+    with stoppable(), warnings.catch_warnings():
+        warnings.showwarning = _warn
         try:
             if dist.is_torchelastic_launched() and name not in ('train', 'decompose'):
                 raise ValueError('torchrun is for mwt train and mwt decompose; '
                                  'call the other commands by themselves')
             globals()[f'cmd_{name}'](**options)
-        except (Exception, KeyboardInterrupt) as e:
+            delivered()
+        except BaseException as e:
             if debug: raise
             undisturbed()
-            print(one_line(e), file=sys.stderr, flush=True)
+            with suppress(OSError): print(one_line(e), file=sys.stderr, flush=True)
             return 2
     return 0

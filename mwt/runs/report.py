@@ -91,14 +91,36 @@ def metrics_table(
     return Table([_metrics_row(row) for row in metrics['networks']], title)
 
 # %% ../../nbs/09_runs/03_report.ipynb #aa8b5bbc
+FULL = 'full model'         # its name in the table
+
 def _module_files(
     run: Run, # with modules in its folder
     paths: Sequence[str | Path], # module files; none: those of the run
 ) -> dict[str, Path]: # name in the table -> file
     "The modules to measure; files of the same name by their whole path."
     paths = [Path(p) for p in paths] or sorted(run.folder.glob('modules/*.safetensors'))
-    stems = [p.stem for p in paths]
+    stems = [p.stem for p in paths] + [FULL]
     return {p.stem if stems.count(p.stem) == 1 else str(p): p for p in paths}
+
+def _evaluated(
+    run: Run, # trained
+    modules: Sequence[str | Path], # module files; none: those of the run
+    device: str | torch.device | None, # `None` picks CUDA where there is one
+) -> Table: # a row a network
+    "Measure, and keep the figures."
+    data = run.data(device)
+    model = run.model(data.device)
+    networks = {FULL: model}
+    for name, path in _module_files(run, modules).items():
+        networks[name] = load_module(path, data.device)
+    if not isinstance(model, ModularModel):
+        accuracies = {name: percent(evaluate(net, data.test)) for name, net in networks.items()}
+        return Table([dict(network=name, accuracy=found) for name, found in accuracies.items()])
+    found = dict.fromkeys(('krr', 'cohesion', 'coupling'), math.nan)
+    if run.path('parts').is_file(): found = modularity(run.parts())
+    metrics = dict(modularity=found, networks=measure(networks, data, model))
+    run.save_metrics(metrics)
+    return metrics_table(metrics)
 
 @patch
 def evaluate(self: Run,
@@ -106,19 +128,7 @@ def evaluate(self: Run,
     device: str | torch.device | None = None, # `None` picks CUDA where there is one
 ) -> Table: # a row a network
     "Measure accuracy and cost of the model and its modules, and keep the figures."
-    data = self.data(device)
-    model = self.model(data.device)
-    networks = {'full model': model}
-    for name, path in _module_files(self, modules).items():
-        networks[name] = load_module(path, data.device)
-    if not isinstance(model, ModularModel):
-        accuracies = {name: percent(evaluate(net, data.test)) for name, net in networks.items()}
-        return Table([dict(network=name, accuracy=found) for name, found in accuracies.items()])
-    found = dict.fromkeys(('krr', 'cohesion', 'coupling'), math.nan)
-    if self.path('parts').is_file(): found = modularity(self.parts())
-    metrics = dict(modularity=found, networks=measure(networks, data, model))
-    self.save_metrics(metrics)
-    return metrics_table(metrics)
+    with self.owned('evaluating', shared=True): return _evaluated(self, modules, device)
 
 @patch
 def figures(self: Run) -> Table: # a row a network
@@ -139,7 +149,7 @@ def plot_layers(
     for ax, layer in zip(axes.flat, parts.sizes):
         plot_masks(parts, layer, ax)
         fraction = percent(float(kept[layer].float().mean()), 0)
-        ax.set_title(f'{layer}: {fraction} kept', fontsize='small')
+        ax.set_title(f'{layer}: {fraction} kept', fontsize='small', parse_math=False)
         ax.set_xlabel('')
     return figure
 
@@ -228,8 +238,9 @@ def write_report(
 @patch
 def report(self: Run) -> Path: # the page
     "Write the page of the run, `report.html`."
-    parts = self.parts() if self.path('parts').is_file() else None
-    metrics = self.metrics() if self.path('metrics').is_file() else None
     about = self.about()
     title = f"{about['model']} on {about['data']}"
-    return write_report(self.path('report'), title, self.history(), parts, metrics, about)
+    with self.owned('reporting', shared=True):
+        parts = self.parts() if self.path('parts').is_file() else None
+        metrics = self.metrics() if self.path('metrics').is_file() else None
+        return write_report(self.path('report'), title, self.history(), parts, metrics, about)

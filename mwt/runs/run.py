@@ -5,8 +5,12 @@
 # %% ../../nbs/09_runs/01_run.ipynb #c9c1fc0a
 from __future__ import annotations
 import hashlib
+import json
+import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -18,7 +22,8 @@ from torch import nn
 import mwt
 from ..core.checks import check_choice, check_range, resolve_device
 from ..core.display import Table, percent
-from ..core.files import read_json, write_json
+from ..core.files import read_json, unwritable, write_json
+from ..core.locks import LOCK, check_free, owned
 from ..core.processes import global_sum, rank_and_size
 from ..data.batches import ImageData
 from ..data.sources import image_data
@@ -36,9 +41,17 @@ __all__ = ['Run']
 
 # %% ../../nbs/09_runs/01_run.ipynb #24f63bf8
 FILES = dict(
-    settings='run.json', history='history.json', resume='resume.safetensors',
+    settings='run.json', resume='resume.safetensors', history='history.json',
     model='model.safetensors', parts='parts.safetensors', metrics='metrics.json',
     report='report.html')
+
+# %% ../../nbs/09_runs/01_run.ipynb #a350fa4a
+def is_scrap(
+    name: str, # of a file
+) -> bool:
+    "Is this the lock of a folder, or what a broken write has left?"
+    temporary = r'\.(tmp\w{6}|.+\.(safetensors|json|html)\.\w{8})'
+    return name == LOCK or re.fullmatch(temporary, name, re.DOTALL) is not None
 
 # %% ../../nbs/09_runs/01_run.ipynb #63b38ad4
 def run_folder(
@@ -48,10 +61,12 @@ def run_folder(
     "Claim a folder. Raises `FileExistsError` when it holds something and `overwrite` is off."
     out = Path(out)
     if out.exists() and not out.is_dir(): raise FileExistsError(f"{out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    held = [p for p in out.iterdir() if not is_scrap(p.name)] if out.is_dir() else []
+    if held and not overwrite:
         raise FileExistsError(f"{out} already holds a run; name another folder, "
                               "or say --overwrite (overwrite=True)")
-    out.mkdir(parents=True, exist_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise unwritable(out/FILES['settings'], e) from e
     return out
 
 # %% ../../nbs/09_runs/01_run.ipynb #f0405d0d
@@ -61,6 +76,7 @@ def check_folder(
 ) -> None:
     "Raises `FileExistsError` for a folder that holds another run, before any work."
     out = Path(out)
+    check_free(out)
     if (out/FILES['resume']).is_file() and not overwrite:
         raise FileExistsError(f"{out} holds a run that was stopped; go on with it by --resume, "
                               "start afresh by --overwrite, or name another folder")
@@ -72,8 +88,15 @@ def clear_run_(
 ) -> None:
     "Remove what an earlier run left in a folder, temporary files of broken writes among it."
     own = [out/name for name in FILES.values()]
-    for path in [*own, *out.glob('modules/*.safetensors'), *out.glob('**/.*.safetensors.*')]:
-        path.unlink(missing_ok=True)
+    for path in [*own, *out.glob('modules/*.safetensors')]: path.unlink(missing_ok=True)
+    clear_scraps_(out)
+
+def clear_scraps_(
+    out: Path, # a folder that nobody else writes to
+) -> None:
+    "Remove what broken writes have left."
+    for path in [*out.glob('.*'), *out.glob('modules/.*')]:
+        if path.name != LOCK and is_scrap(path.name): path.unlink(missing_ok=True)
 
 # %% ../../nbs/09_runs/01_run.ipynb #b1c9ad1x
 def environment(
@@ -156,6 +179,9 @@ class Run:
         self.settings = settings
         self.overwrite = overwrite
         self.resuming = False       # does `train` go on with a run that was stopped?
+        self.done = False           # has `train` nothing left to do?
+        self.begun = False          # has `train` taken the folder?
+        self._owner = False         # is the folder locked by this run?
         self._data: dict[torch.device, ImageData] = {}
 
     def path(self,
@@ -164,20 +190,67 @@ class Run:
         "Where the run keeps a file."
         return self.folder/FILES[name]
 
+# %% ../../nbs/09_runs/01_run.ipynb #a13dc090
+@patch(as_prop=True)
+def state(self: Run) -> str: # 'new', 'stopped' or 'complete'
+    "How far the run in the folder is; one that is being trained is 'stopped' for all others."
+    if self.path('settings').is_file(): return 'complete'
+    return 'stopped' if self.path('resume').is_file() else 'new'
+
+# %% ../../nbs/09_runs/01_run.ipynb #b071c29a
+ELSEWHERE = ('source', 'root', 'streaming', 'workers')      # may differ between two starts of one run
+
+def flat(
+    settings: Mapping[str, Any], # as `run.json` holds them
+) -> dict[str, Any]: # name -> value, those of images, method and recipe among them
+    "The settings that make a run what it is."
+    data = {k: v for k, v in settings['data'].items() if k not in ELSEWHERE}
+    config = asdict(make_config(None, **settings.get('config', {})))
+    method = dict(method=None)
+    if settings['method']: method = describe_method(make_method(**settings['method']))
+    rest = {k: settings[k] for k in ('model', 'width', 'epochs', 'seed')}
+    return data | config | method | rest
+
+def check_same_settings(
+    run: Run, # whose folder holds one that is complete
+) -> None:
+    "Raises `ValueError` where the folder's run has other settings."
+    there = flat(Run.open(run.folder).settings)
+    for name, value in flat(run.settings).items():
+        if there.get(name, value) == value: continue
+        raise ValueError(f"{run.folder} holds a complete run with {name} {there[name]!r}, not "
+                         f"{value!r}; name another folder, or start afresh by --overwrite")
+
 # %% ../../nbs/09_runs/01_run.ipynb #8d7aed14
 @patch(cls_method=True)
 def create(cls: Run,
     folder: str | Path, # for its files
     data: str | Path, # a name that `image_data` knows, or a folder of images
     overwrite: bool = False, # take a folder that holds another run
-    resume: bool = False, # go on with the run in the folder, if one was stopped there
+    resume: bool = False, # go on with the run in the folder; nothing is done where it is complete
     **settings: Any, # of `run_settings`: model, width, method, epochs, seed, batch_size, lr, ...
 ) -> Run: # not yet trained
     "A new run. Raises `FileExistsError` for a folder in use, `ValueError` for a wrong setting."
     run = cls(folder, run_settings(data, **settings), overwrite)
-    run.resuming = resume and run.path('resume').is_file()
-    if not run.resuming: check_folder(folder, overwrite)
+    run.resuming = resume and run.state == 'stopped'
+    run.done = resume and run.state == 'complete' and not overwrite
+    if run.done: check_same_settings(run)
+    elif run.resuming: check_free(folder)
+    else: check_folder(folder, overwrite)
     return run
+
+# %% ../../nbs/09_runs/01_run.ipynb #b86d0611
+def no_run(
+    folder: str | Path, # without `run.json`
+) -> FileNotFoundError: # to be raised
+    "An error that says what is there in place of a run, and the way out."
+    if not any((Path(folder)/name).is_file() for name in (FILES['resume'], LOCK)):
+        return FileNotFoundError(f"{folder} holds no run (no {FILES['settings']}); make one with: "
+                                 f"mwt train --data DATA --out {folder}")
+    why = 'it was stopped; mwt train with the same settings and --resume goes on with it'
+    try: check_free(folder)
+    except FileExistsError as e: why = str(e)
+    return FileNotFoundError(f"{folder} holds no run that is complete: {why}")
 
 # %% ../../nbs/09_runs/01_run.ipynb #89a6d826
 @patch(cls_method=True)
@@ -187,9 +260,7 @@ def open(cls: Run,
 ) -> Run:
     "A run from its folder. Raises `FileNotFoundError` without one, `ValueError` for a damaged one."
     path = Path(folder)/FILES['settings']
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no run (no {path.name}); make one with: "
-                                f"mwt train --data DATA --out {folder}")
+    if not path.is_file(): raise no_run(folder)
     needed = ('data', 'model', 'width', 'method', 'epochs', 'seed', 'environment')
     settings = read_json(path, needed, 'train the run again')
     if data is not None: settings['data']['source'] = str(data)
@@ -272,14 +343,46 @@ def modules(self: Run,
     return {p.stem: load_module(p, device) for p in paths}
 
 # %% ../../nbs/09_runs/01_run.ipynb #50a454a9
+SPECIAL = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f\ud800-\udfff]|^\.')     # not for files, or not for all
+
 def module_name(
     classes: Sequence[str], # of the module
-) -> str: # the stem of its file
-    "The names of the classes, joined; where that is too long for a file, cut and marked by a hash."
-    name = '-'.join(classes).replace('/', '_')
-    if len(name.encode()) <= 200: return name
-    mark = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f'{name.encode()[:180].decode(errors="ignore")}-{mark}'
+    exact: bool = False, # mark it by a hash in any case
+) -> str: # the stem of its file, another one for each list of classes
+    "The names of the classes, joined; marked by a hash where that is too long or not clear."
+    name = SPECIAL.sub('_', '-'.join(classes))
+    whole = name.encode()
+    clear = not any('-' in c or SPECIAL.search(c) or not c for c in classes)
+    if clear and not exact and len(whole) <= 200: return name
+    mark = hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()[:8]
+    return f'{whole[:180].decode(errors="ignore")}-{mark}'
+
+# %% ../../nbs/09_runs/01_run.ipynb #0746e507
+@patch
+def module_path(self: Run,
+    classes: Sequence[str], # of a module
+) -> Path:
+    "Where the run keeps a module, or shall keep it."
+    folder = self.folder/'modules'
+    path = folder/f'{module_name(classes)}.safetensors'
+    if not path.exists() or path.name in os.listdir(folder): return path
+    return folder/f'{module_name(classes, exact=True)}.safetensors'
+
+# %% ../../nbs/09_runs/01_run.ipynb #a321611d
+@patch
+@contextmanager
+def owned(self: Run,
+    work: str, # what is done, for others to read
+    shared: bool = False, # with others that share the folder
+) -> Iterator[None]:
+    "Inside the block the folder is locked. Raises `FileExistsError` where another process has it."
+    if self._owner or rank_and_size()[0]:
+        yield
+        return
+    with owned(self.folder, work, shared):
+        self._owner = True
+        try: yield
+        finally: self._owner = False
 
 # %% ../../nbs/09_runs/01_run.ipynb #dc8b345d
 @patch
@@ -300,8 +403,7 @@ def save_parts(self: Run, parts: Parts) -> Path: # the file
 @patch
 def save_module(self: Run, module: SlimModule) -> Path: # the file
     "Keep a module under the names of its classes."
-    path = self.folder/'modules'/f'{module_name(module.classes)}.safetensors'
-    return save_module(module, path)
+    return save_module(module, self.module_path(module.classes))
 
 @patch
 def save_metrics(self: Run, metrics: dict[str, Any]) -> Path: # the file
@@ -322,7 +424,7 @@ def table(self: Run) -> Table: # a row a setting, and the files
     "What the run is and what its folder holds."
     found = [name for name in FILES.values() if (self.folder/name).is_file()]
     found += [f'{n} modules' for n in [len([*self.folder.glob('modules/*.safetensors')])] if n]
-    about = self.about() | dict(files=', '.join(found) or 'none yet')
+    about = self.about() | dict(state=self.state, files=', '.join(found) or 'none yet')
     return Table([dict(setting=k, value=v) for k, v in about.items()], f'Run {self.folder.name}')
 
 @patch

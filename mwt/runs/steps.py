@@ -12,30 +12,46 @@ from ..core.checks import check_range
 from ..core.processes import rank_and_size
 from ..data.batches import ImageData
 from ..methods.modular import ModularModel, mask_table
-from ..train.fit import check_fit, fit
+from ..train.fit import Fit, begin_fit
 from ..train.history import History, TrainConfig
 from ..modules.decompose import decompose
 from ..modules.extract import extract
 from ..modules.module import SlimModule
 from ..modules.parts import Parts, target_rows
-from .run import Run, clear_run_, environment, run_folder
+from .run import Run, clear_run_, clear_scraps_, environment, run_folder
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/09_runs/02_steps.ipynb #80fb8ab5
 def _prepare_(
-    run: Run, # gets its classes, channels and environment
+    run: Run, # gets its classes, channels, environment and the images' fingerprint
     data: ImageData, # its images
-    model: nn.Module, # its network
+    call: Fit, # its training
 ) -> None:
     "Everything fits: note what later steps need, and claim the folder."
-    check_fit(model, data)
     here = environment(data.device)
     if rank_and_size()[1] > 1: here['processes'] = rank_and_size()[1]
-    run.settings |= dict(environment=here, classes=list(data.classes), channels=data.channels)
-    first = not rank_and_size()[0]
-    if first and not run.resuming: clear_run_(run_folder(run.folder, run.overwrite))
+    run.settings |= dict(environment=here, classes=list(data.classes), channels=data.channels,
+                         fingerprint=call.fingerprint)
+    run.begun = True
+    if rank_and_size()[0]: return
+    if not run.resuming: clear_run_(run_folder(run.folder, run.overwrite))
+    clear_scraps_(run.folder)
+
+def _begin(
+    run: Run, # new, or stopped
+    model: nn.Module, # its network
+    data: ImageData, # its images
+    compile: bool | str, # as for `fit`
+) -> Fit:
+    "The training of a run; nothing has changed as yet."
+    if run.resuming and run.state != 'stopped' and not rank_and_size()[0]:
+        raise FileExistsError(f"{run.folder} has changed meanwhile: its run is {run.state} now; "
+                              "give the command again")
+    s = run.settings
+    return begin_fit(model, data, s['epochs'], TrainConfig(**s['config']), s['seed'], data.device,
+                     compile, checkpoint=run.path('model'), resume=run.path('resume'))
 
 # %% ../../nbs/09_runs/02_steps.ipynb #659d58b7
 @patch
@@ -45,18 +61,20 @@ def train(self: Run,
     show_progress: bool = True, # say what is trained, and show a progress bar
 ) -> History: # one row an epoch
     "Train the network. Raises `ValueError` where something does not fit, before files change."
-    data = self.data(device)
-    model = self.new_model(data).to(data.device)
-    _prepare_(self, data, model)
-    if show_progress:
-        print(data.report())
-        if isinstance(model, ModularModel): print(mask_table(model).title)
-    history = fit(model, data, self.settings['epochs'], TrainConfig(**self.settings['config']),
-                  seed=self.settings['seed'], device=data.device, checkpoint=self.path('model'),
-                  resume=self.path('resume'), compile=compile, show_progress=show_progress)
-    if rank_and_size()[0]: return history
-    self.save_history(history)
-    self.save_settings()
+    if self.done: return self.history()
+    with self.owned('training'):
+        data = self.data(device)
+        model = self.new_model(data).to(data.device)
+        call = _begin(self, model, data, compile)
+        _prepare_(self, data, call)
+        if show_progress:
+            print(data.report())
+            if isinstance(model, ModularModel): print(mask_table(model).title)
+        history = call.train(show_progress)
+        if rank_and_size()[0]: return history
+        self.save_history(history)
+        self.save_settings()
+        call.forget()
     return history
 
 # %% ../../nbs/09_runs/02_steps.ipynb #2f20462a
@@ -67,12 +85,13 @@ def decompose(self: Run,
     show_progress: bool = True, # a progress bar
 ) -> Parts:
     "Find the kernels that each class needs."
-    data = self.data(device)
     rank, n = rank_and_size()
     show_progress = show_progress and rank == 0
-    model = self.model(data.device)
-    parts = decompose(model, data.train.shard(rank, n), threshold, show_progress=show_progress)
-    if rank == 0: self.save_parts(parts)
+    with self.owned('decomposing'):
+        data = self.data(device)
+        model = self.model(data.device)
+        parts = decompose(model, data.train.shard(rank, n), threshold, show_progress=show_progress)
+        if rank == 0: self.save_parts(parts)
     return parts
 
 # %% ../../nbs/09_runs/02_steps.ipynb #f3dfb04b
@@ -88,9 +107,10 @@ def extract(self: Run,
     check_range('round_to', round_to, 1, integer=True)
     groups = groups or [[c] for c in parts.classes]
     for group in groups: target_rows(parts, group)
-    model = self.model(device)
     modules = []
-    for group in groups:
-        modules.append(extract(model, parts, group, fuse, round_to))
-        self.save_module(modules[-1])
+    with self.owned('extracting', shared=True):
+        model = self.model(device)
+        for group in groups:
+            modules.append(extract(model, parts, group, fuse, round_to))
+            self.save_module(modules[-1])
     return modules

@@ -6,7 +6,8 @@
 from __future__ import annotations
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..core.accepted import check_answer, check_can_train
 from ..core.checks import check_choice, check_range, seeded
 from ..core.display import percent, progress
-from ..core.files import load_tensors, save_tensors
+from ..core.files import check_writable, load_tensors, save_tensors
 from ..core.nets import evaluating, input_dtype, memory_format, untouched
 from ..core.processes import global_sum, rank_and_size
 from ..core.signature import signature_of, weights_of
@@ -27,10 +28,10 @@ from ..methods.base import METHODS, describe_method, make_method
 from ..measure import check_channels, evaluate, n_outputs
 from .checkpoint import ask, misfit, save_checkpoint
 from .history import History, TrainConfig, make_config
-from .trainer import Trainer, prefixed, those_of, train_epoch
+from .trainer import Trainer, is_out_of_memory, prefixed, those_of, train_epoch
 
 # %% auto #0
-__all__ = ['fit']
+__all__ = ['begin_fit', 'fit']
 
 # %% ../../nbs/07_train/04_fit.ipynb #cbdeae22
 def check_fit(
@@ -122,6 +123,7 @@ class Fit:
     seed: int                       # of the whole run
     checkpoint: str | Path | None = None    # file of the best weights
     resume: str | Path | None = None        # file of the run itself
+    fingerprint: Any = None                 # of the images, as `ImageData` has it
     history: History = field(default_factory=History)
     best: dict[str, Tensor] = field(default_factory=dict)   # weights of the best epoch
 
@@ -134,19 +136,60 @@ def is_first() -> bool:
     "Is this the process that writes files and speaks?"
     return rank_and_size()[0] == 0
 
+# %% ../../nbs/07_train/04_fit.ipynb #45a2067b
+EXPLODED = 1e4          # times the loss of the first epoch, or that of guessing: no run comes back from there
+
+@patch
+def lost(self: Fit,
+    what: str, # what has happened
+) -> FloatingPointError: # to be raised
+    "An error that says what to try, and where the best weights are."
+    epoch = len(self.history.rows) + 1
+    remedy = f'try a lower lr than {self.run.config.lr:g}, a longer warmup, or amp=False'
+    if not self.run.amp: remedy = remedy.replace(', a longer warmup, or amp=False', ' or a longer warmup')
+    kept = ''
+    if self.history.best_epoch and self.checkpoint:
+        kept = f'; the weights of epoch {self.history.best_epoch} are in {self.checkpoint}'
+    return FloatingPointError(f"{what} in epoch {epoch}; {remedy}{kept}")
+
 # %% ../../nbs/07_train/04_fit.ipynb #51be903b
 @patch
 def check_finite(self: Fit,
     row: Mapping[str, float], # of the latest epoch
 ) -> None:
     "Raises `FloatingPointError` where the run has been lost."
-    epoch = row['epoch']
-    remedy = f'try a lower lr than {self.run.config.lr:g}'
-    if not math.isfinite(row['loss']):
-        raise FloatingPointError(f"the loss became {row['loss']} in epoch {epoch}; {remedy}")
+    loss = row['loss']
+    first = max([math.log(self.data.n_classes), *self.history.series('loss')[:1]])
+    if not math.isfinite(loss): raise self.lost(f'the loss became {loss}')
+    if loss > EXPLODED * first: raise self.lost(f'the loss grew to {loss:.3g}, from {first:.3g},')
     finite = torch.stack([t.isfinite().all() for t in weights_of(self.model).values()])
-    if not finite.all():
-        raise FloatingPointError(f"weights became infinite or NaN in epoch {epoch}; {remedy}")
+    if not finite.all(): raise self.lost('weights became infinite or NaN')
+
+# %% ../../nbs/07_train/04_fit.ipynb #e4efb8a1
+@patch
+@contextmanager
+def explained(self: Fit) -> Iterator[None]:
+    "Inside the block a lost run, or one without memory, ends with the way out."
+    short = None
+    try: yield
+    except FloatingPointError as e:
+        raise e if 'try a lower lr' in str(e) else self.lost(str(e)) from None
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e): raise
+        short = str(e).split('. ')[0].split('\n')[0] or type(e).__name__
+        e.__traceback__ = None
+    if short is not None: raise self.run.out_of_memory(short)
+
+# %% ../../nbs/07_train/04_fit.ipynb #8bcd5e12
+def check_pieces(
+    config: TrainConfig, # the recipe
+    data: ImageData, # the share of this process
+) -> None:
+    "Raises `ValueError` for batches in pieces of less than two images."
+    size = getattr(data.train, 'batch_size', None)
+    if config.accumulate == 1 or not size or size >= 2 * config.accumulate: return
+    raise ValueError(f"accumulate={config.accumulate} leaves less than two images of a batch of "
+                     f"{size} in a piece; take accumulate={max(1, size // 2)} or less")
 
 # %% ../../nbs/07_train/04_fit.ipynb #810ee179
 @patch
@@ -166,11 +209,12 @@ def epoch(self: Fit,
     bar: Any, # the progress bar
 ) -> None:
     "Train for an epoch, judge it, keep what is to be kept."
-    means = train_epoch(self.run, self.data.train, bar)
     row: dict[str, float] = dict(epoch=len(self.history.rows) + 1)
-    for name, value in means.items(): row[name] = value.item()
-    row['valid_accuracy'] = evaluate(self.run.net, self.data.valid)
-    self.check_finite(row)
+    with self.explained():
+        means = train_epoch(self.run, self.data.train, bar)
+        for name, value in means.items(): row[name] = value.item()
+        self.check_finite(row)
+        row['valid_accuracy'] = evaluate(self.run.net, self.data.valid)
     self.history.rows.append(row)
     bar.set_postfix_str(f"epoch {row['epoch']}/{self.epochs}, loss {row['loss']:.3f}, "
                         f"valid {percent(row['valid_accuracy'])}")
@@ -186,13 +230,16 @@ def settings(self: Fit) -> dict[str, Any]: # JSON-able
     train = self.data.train
     found = dict(epochs=self.epochs, seed=self.seed)
     found |= dict(batch_size=train.batch_size, batches=len(train), classes=list(train.classes))
-    return found | dict(method=method) | asdict(self.run.config)
+    found |= dict(method=method) | asdict(self.run.config)
+    del found['accumulate']             # how a batch is learned, not what
+    return found
 
 @patch
 def save_run(self: Fit) -> None:
     "Write the run, atomically."
     tensors = self.run.state() | prefixed('best', self.best)
-    about = dict(settings=self.settings(), history=asdict(self.history), done=self.run.done)
+    about = dict(settings=self.settings(), history=asdict(self.history), done=self.run.done,
+                 fingerprint=self.fingerprint)
     save_tensors(self.resume, 'run', tensors, about)
 
 # %% ../../nbs/07_train/04_fit.ipynb #1f005d41
@@ -215,6 +262,27 @@ def todays_state(
         found |= prefixed(prefix, ask(model, 'upgrade', tensors, otherwise=tensors))
     return found
 
+# %% ../../nbs/07_train/04_fit.ipynb #dabad7ad
+def changed_images(
+    now: Any, # the fingerprint of the images
+    before: Any, # likewise, when the run began
+) -> str: # in words; empty where they are the same, or one is not known
+    "What has changed."
+    if now is None or before is None or now == before: return ''
+    if not (isinstance(now, Mapping) and isinstance(before, Mapping)): return 'their files differ'
+    names = [k for k in (now | before) if now.get(k) != before.get(k)]
+    return ', '.join(map(str, names[:5])) + (' and more' if len(names) > 5 else '')
+
+def check_same_images(
+    path: str | Path, # the file of the run
+    now: Any, # the fingerprint of the images
+    before: Any, # likewise, when the run began
+) -> None:
+    "Raises `ValueError` for images that have changed since the run began."
+    if not (what := changed_images(now, before)): return
+    raise ValueError(f"{path} holds a run that began with other images ({what}); bring them back to "
+                     "go on with it, or start anew (--overwrite, or remove the file)")
+
 # %% ../../nbs/07_train/04_fit.ipynb #5b769352
 def check_same_run(
     path: str | Path, # the file
@@ -231,6 +299,7 @@ def check_same_run(
 def resume_run_(self: Fit) -> None:
     "Go on from the file. Raises `ValueError` for a run of another kind."
     state, about = load_tensors(self.resume, 'run')
+    check_same_images(self.resume, self.fingerprint, about.get('fingerprint'))
     check_same_run(self.resume, self.settings(), todays_settings(about['settings']))
     state = todays_state(self.model, state)
     if fault := misfit(self.model, those_of('model', state), about['settings']):
@@ -243,36 +312,45 @@ def resume_run_(self: Fit) -> None:
 @patch
 def start_(self: Fit) -> None:
     "Go on from the file, where there is one. Raises `ValueError` unless all processes found it."
-    if self.resume is not None and Path(self.resume).exists(): self.resume_run_()
+    going_on = self.resume is not None and Path(self.resume).exists()
+    if going_on: self.resume_run_()
     done = torch.tensor(float(self.run.done), device=self.run.device)
-    if global_sum(done) == self.run.done * rank_and_size()[1]: return
-    raise ValueError(f"not every process found the run in {self.resume}; "
-                     "name a file that all of them can see")
+    if global_sum(done) != self.run.done * rank_and_size()[1]:
+        raise ValueError(f"not every process found the run in {self.resume}; "
+                         "name a file that all of them can see")
+    if not is_first(): return
+    if self.checkpoint is not None: check_writable(self.checkpoint)
+    if self.resume is not None and not going_on: self.save_run()
 
 # %% ../../nbs/07_train/04_fit.ipynb #9f78df13
 @patch
 def finish(self: Fit) -> History:
-    "Give the model its best weights; the file of the run is no longer needed."
+    "Give the model its best weights."
     self.model.load_state_dict(self.best)
     self.model.to(memory_format=torch.contiguous_format)
-    if self.resume is not None and is_first(): Path(self.resume).unlink(missing_ok=True)
     return self.history
+
+@patch
+def forget(self: Fit) -> None:
+    "Remove the file of the run, when nobody needs it any more."
+    if self.resume is not None and is_first(): Path(self.resume).unlink(missing_ok=True)
 
 @patch
 def train(self: Fit,
     show_progress: bool = True, # a progress bar
 ) -> History: # one row an epoch
     "All epochs that are left."
-    self.start_()
-    done = len(self.history.rows)
-    self.data.train.seed(self.seed, done)
-    shown = show_progress and is_first()
-    with progress(None, 'training', shown, total=self.run.steps, initial=self.run.done,
-                  unit='batch') as bar:
-        for _ in range(done, self.epochs):
-            self.epoch(bar)
-            if self.resume is not None and is_first(): self.save_run()
-    return self.finish()
+    with seeded(self.seed), torch.backends.cudnn.flags(benchmark=True):
+        self.start_()
+        done = len(self.history.rows)
+        self.data.train.seed(self.seed, done)
+        shown = show_progress and is_first()
+        with progress(None, 'training', shown, total=self.run.steps, initial=self.run.done,
+                      unit='batch') as bar:
+            for _ in range(done, self.epochs):
+                self.epoch(bar)
+                if self.resume is not None and is_first(): self.save_run()
+        return self.finish()
 
 # %% ../../nbs/07_train/04_fit.ipynb #5a69ed12
 def _prepared(
@@ -289,6 +367,31 @@ def _prepared(
     return Trainer(model, config, steps, compile, format)
 
 # %% ../../nbs/07_train/04_fit.ipynb #a91d3647
+def begin_fit(
+    model: nn.Module, # as for `fit`, like all arguments
+    data: Any,
+    epochs: int,
+    config: TrainConfig,
+    seed: int,
+    device: str | torch.device | None,
+    compile: bool | str,
+    **files: Any, # `checkpoint` and `resume`
+) -> Fit:
+    "Check everything; nothing is trained or written yet."
+    check_range('epochs', epochs, 1, integer=True)
+    data = found_data(data, device, model)
+    fingerprint = getattr(data, 'fingerprint', None)
+    data = own_share(data)
+    check_pieces(config, data)
+    device = data.device
+    steps = epochs * len(data.train)
+    compile = is_compiled(compile, device, steps)
+    model = model.to(device)
+    check_fit(model, data)
+    warn_of_slow_bfloat16(config, device)
+    run = _prepared(model, data, config, steps, compile)
+    return Fit(run, data, epochs, seed, fingerprint=fingerprint, **files)
+
 def fit(
     model: nn.Module, # a plain network, a modular one or a module; trained in place
     data: Any, # `ImageData`, or two data loaders (train, valid): one is learned, one chooses the epoch
@@ -305,14 +408,8 @@ def fit(
     "Train a network. Raises `ValueError` before any work where something does not fit."
     check_can_train(model)
     config = make_config(config, **options)
-    check_range('epochs', epochs, 1, integer=True)
-    data = own_share(found_data(data, device, model))
-    device = data.device
-    steps = epochs * len(data.train)
-    compile = is_compiled(compile, device, steps)
-    model = model.to(device)
-    check_fit(model, data)
-    warn_of_slow_bfloat16(config, device)
-    run = _prepared(model, data, config, steps, compile)
-    with seeded(seed), torch.backends.cudnn.flags(benchmark=True):
-        return Fit(run, data, epochs, seed, checkpoint, resume).train(show_progress)
+    call = begin_fit(model, data, epochs, config, seed, device, compile, checkpoint=checkpoint,
+                     resume=resume)
+    history = call.train(show_progress)
+    call.forget()
+    return history

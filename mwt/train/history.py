@@ -26,6 +26,7 @@ class TrainConfig:
     weight_decay: float = 0.0   # L2 penalty on all weights, at least 0
     warmup: float = 0.1         # fraction of the run in which the learning rate rises, 0 to 1
     amp: bool | None = None     # bfloat16; `None` where the device is CUDA, `True` everywhere
+    accumulate: int = 1         # micro-batches that a batch is taken in, to save memory, at least 1
 
     def __post_init__(self) -> None:
         check_range('lr', self.lr, 0, open_low=True)
@@ -35,6 +36,7 @@ class TrainConfig:
                              f'not {self.momentum!r}')
         check_range('weight_decay', self.weight_decay, 0)
         check_range('warmup', self.warmup, 0, 1)
+        check_range('accumulate', self.accumulate, 1, integer=True)
 
 # %% ../../nbs/07_train/01_history.ipynb #d9f1a61c
 def make_config(

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/07_train/03_trainer.ipynb #d1d04f7c
 from __future__ import annotations
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -73,6 +74,8 @@ class Trainer:
         self.may_shrink = True                  # until the model has been asked for a smaller one
         self.origins: dict[str, Tensor] = {}    # weight of a smaller `net` -> its place in the model's
         self.optimizer = make_optimizer(model, config)
+        self.losses: list[Tensor] = []          # of the latest steps, on the device
+        self.batch: tuple[Tensor, Tensor] | None = None     # of the step that is under way
         self.train_(model)
 
     @property
@@ -130,6 +133,42 @@ def compute_loss(self: Trainer,
         stack.enter_context(torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp))
         return self.loss(images, labels, self.progress)
 
+# %% ../../nbs/07_train/03_trainer.ipynb #2b9a8300
+@patch
+def backward_(self: Trainer,
+    images: Tensor, # (batch, channels, height, width)
+    labels: Tensor, # (batch,), integers from 0
+    piece: int = 1, # which piece of its batch this is, from 1
+    pieces: int = 1, # of the batch
+) -> dict[str, Tensor]: # the loss and what it is made of: detached scalars
+    "Set the gradients, and let the model learn from them in its own way."
+    loss, logged = self.compute_loss(images, labels)
+    self.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    progress = (self.done + piece / pieces) / self.steps
+    ask(self.net, 'after_backward', labels, progress, self.done * pieces + piece)
+    return logged | dict(loss=loss.detach())
+
+# %% ../../nbs/07_train/03_trainer.ipynb #90738644
+@patch
+def accumulate_(self: Trainer,
+    images: Tensor, # (batch, channels, height, width)
+    labels: Tensor, # (batch,), integers from 0
+) -> dict[str, Tensor]: # the loss and what it is made of: detached scalars
+    "Set the gradients of a batch, piece by piece."
+    n = self.config.accumulate
+    pieces = list(zip(images.chunk(n), labels.chunk(n)))
+    total: dict[str, Tensor] = {}
+    grads: dict[nn.Parameter, Tensor] = {}
+    for i, piece in enumerate(pieces, 1):
+        logged = self.backward_(*piece, i, len(pieces))
+        weight = len(piece[1]) / len(labels)
+        add_up(total, {name: weight * value for name, value in logged.items()})
+        for p in self.net.parameters():
+            if p.grad is not None: grads[p] = weight * p.grad + grads.get(p, 0)
+    for p, grad in grads.items(): p.grad = grad
+    return total
+
 # %% ../../nbs/07_train/03_trainer.ipynb #304de802
 @patch
 def step(self: Trainer,
@@ -137,17 +176,92 @@ def step(self: Trainer,
     labels: Tensor, # (batch,), integers from 0
 ) -> dict[str, Tensor]: # the loss and what it is made of: detached scalars
     "Learn a batch, without waiting for the device."
+    self.batch = images, labels
     ready = ask(self.model, 'ready', self.progress, otherwise=True)
     if ready and self.may_shrink: self.shrink_(images)
     factor = lr_factor(self.done, self.steps, self.config.warmup)
     for group in self.optimizer.param_groups: group['lr'] = self.config.lr * factor
-    loss, logged = self.compute_loss(images, labels)
-    self.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    self.done += 1
-    ask(self.net, 'after_backward', labels, self.progress, self.done)
+    whole = self.config.accumulate == 1
+    logged = self.backward_(images, labels) if whole else self.accumulate_(images, labels)
     self.optimizer.step()
-    return logged | dict(loss=loss.detach())
+    self.done += 1
+    self.losses.append(logged['loss'])
+    self.batch = None
+    return logged
+
+# %% ../../nbs/07_train/03_trainer.ipynb #4197f771
+LOOK_EVERY = 1000       # steps; what is lost at most in an epoch that is longer
+SHOWN = 3               # losses that are told before the one that is no number
+
+@patch
+def check_losses(self: Trainer) -> None:
+    "Raises `FloatingPointError` where a loss since the last look is no number."
+    if not self.losses: return
+    losses = global_sum(torch.stack(self.losses)) / rank_and_size()[1]
+    losses = losses.tolist()
+    self.losses = self.losses[-SHOWN:]
+    lost = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+    if not lost: return
+    step = self.done - len(losses) + lost[0] + 1
+    before = ', '.join(f'{loss:.3g}' for loss in losses[max(0, lost[0] - SHOWN):lost[0]])
+    after = f' after losses of {before}' if before else ''
+    raise FloatingPointError(f"in step {step} of {self.steps},{after} the loss became "
+                             f"{losses[lost[0]]}")
+
+# %% ../../nbs/07_train/03_trainer.ipynb #1224d0a7
+def is_out_of_memory(
+    e: BaseException, # what ended a step
+) -> bool:
+    "Was there too little memory, on any device?"
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
+    words = "can't allocate memory", 'not enough memory', 'STATUS_ALLOC_FAILED', 'bad_alloc'
+    return isinstance(e, RuntimeError) and any(word in str(e) for word in words)
+
+@patch
+def fits(self: Trainer,
+    images: Tensor, # (batch, channels, height, width)
+    labels: Tensor, # (batch,), integers from 0
+) -> bool:
+    "Is there memory for a step on these images? The run is lost after that."
+    try:
+        loss, _ = self.compute_loss(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        spare = [torch.empty_like(p) for p in self.net.parameters()]
+        return len(spare) > 0
+    except (RuntimeError, ValueError, MemoryError): return False    # norms refuse very few images
+    finally:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == 'cuda': torch.cuda.empty_cache()
+
+# %% ../../nbs/07_train/03_trainer.ipynb #51c28101
+@patch
+def size_that_fits(self: Trainer) -> int: # images; 0: not even one
+    "The half, the quarter, ... of a batch that there is memory for."
+    images, labels = self.batch
+    size = -(-len(labels) // self.config.accumulate) // 2
+    if rank_and_size()[1] > 1: return size      # all processes would have to try together
+    while size and not self.fits(images[:size], labels[:size]): size //= 2
+    return size
+
+# %% ../../nbs/07_train/03_trainer.ipynb #855b9bfc
+@patch
+def out_of_memory(self: Trainer,
+    why: str, # what PyTorch said
+) -> torch.OutOfMemoryError: # to be raised
+    "An error that names a batch size for which the memory would do."
+    if self.batch is None:
+        return torch.OutOfMemoryError(f"not enough memory on {self.device} ({why}); "
+                                      "take a smaller batch_size, or smaller images")
+    size = len(self.batch[1])
+    said = f"not enough memory on {self.device} for batches of {size} images ({why})"
+    found = self.size_that_fits()
+    if not found:
+        return torch.OutOfMemoryError(f"{said}, nor for smaller ones; take smaller images, or a "
+                                      "smaller network (width)")
+    n = -(-size // found)
+    return torch.OutOfMemoryError(f"{said}; batch_size={found} fits, and so does accumulate={n}, "
+                                  f"which learns batches of {size} in {n} pieces")
 
 # %% ../../nbs/07_train/03_trainer.ipynb #14fd49b9
 def _gather(
@@ -231,7 +345,9 @@ def train_epoch(
     before = run.done
     for images, labels in batches:
         add_up(total, run.step(images, labels))
+        if len(run.losses) >= LOOK_EVERY: run.check_losses()
         if bar is not None: bar.update()
+    run.check_losses()
     run.write_back()
     counted = (run.done - before) * rank_and_size()[1]
     return {name: global_sum(value) / counted for name, value in total.items()}
