@@ -16,6 +16,7 @@ from ..core.checks import check_range, seeded
 from ..core.display import Table
 from ..core.nets import head_size, logits_of
 from ..channels.trace import find_example
+from ..channels.description import check_stored
 from ..channels.mapping import ChannelMap, map_channels
 from .base import Method, describe_method, make_method
 from .points import mask_points
@@ -194,6 +195,7 @@ def modularize(
     net = copy.deepcopy(model)
     example = find_example(net, example_input)
     channels = map_channels(net, example)
+    check_stored(net, example)
     _check_head(net, channels, n_classes)
     channels = choose_layers(channels, method, _excluded(net, channels, filter_fn))
     with seeded(seed): return ModularModel(net, method, channels, example)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from ..core.nets import device_of
 from ..data.batches import ImageData
-from .module import SlimModule, describe_layer
+from ..channels.description import describe_layer
+from .module import SlimModule
 from ..train.fit import fit
 
 # %% auto #0

@@ -14,7 +14,8 @@ from ..channels.cut import kept_channels
 from ..channels.mapping import ChannelMap
 from ..core.nets import evaluating
 from ..methods.modular import ModularModel
-from .module import SlimModule, describe_layer, steps_used
+from ..channels.description import describe_layer
+from .module import SlimModule, steps_used
 from .parts import Parts
 
 # %% auto #0
