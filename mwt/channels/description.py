@@ -87,11 +87,24 @@ def _settings(layer: nn.Module, other: nn.Module) -> dict[str, Any]:
     return {n: v for n, v in vars(layer).items()
             if isinstance(v, plain) and n in vars(other) and n != 'training' and n[0] != '_'}
 
+OWN = ('proj_size', 'nonlinearity')        # of some recurrent layers only; others refuse them
+
+def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]: # by name
+    "What makes a layer; recurrent ones hand arguments on to the class that they inherit from."
+    own = inspect.signature(kind).parameters
+    if 'kwargs' not in own: return own
+    base = dict(inspect.signature(kind.__base__).parameters)
+    base.pop('mode')
+    return base | dict(nonlinearity=inspect.Parameter('nonlinearity', inspect.Parameter.KEYWORD_ONLY,
+                                                      default='tanh'))
+
 def _candidates(layer: nn.Module, kind: type[nn.Module]) -> list[dict[str, Any]]:
     "Arguments that may make a layer like this one: those it says, and all settings of the flags."
-    parameters = inspect.signature(kind).parameters
+    parameters = _parameters(kind)
     names = [n for n in parameters if n not in ('device', 'dtype')]
     said = {n: getattr(layer, n) for n in names if hasattr(layer, n)}
+    for n in OWN:
+        if n in said and said[n] == parameters[n].default: del said[n]
     for n, value in said.items():       # a flag, not the weights
         if n == 'bias' and not isinstance(value, bool): said[n] = value is not None
     flags = [n for n in names if n not in said and isinstance(parameters[n].default, bool)]

@@ -277,6 +277,16 @@ def layers_run(
 
 # %% ../../nbs/04_channels/03_rules.ipynb #d3b70c1f
 @patch
+def unused_layers(self: ChannelTracker) -> list[str]: # paths
+    "Layers with parameters that do not run in use: only a network with some can have a side exit."
+    nodes = [n for n in self.graph.nodes if n.op in ('call_module', 'get_attr')]
+    used = {n.target if n.op == 'call_module' else n.target.rpartition('.')[0] for n in nodes}
+    inside = tuple(f'{name}.' for name in used)
+    return [name for name, layer in self.module.named_modules()
+            if any(p is not None for p in layer._parameters.values())
+            and name not in used and not name.startswith(inside)]
+
+@patch
 def side_layers(self: ChannelTracker) -> list[str]:
     "Layers that run in training only. Raises `ValueError` for a network that training cannot run."
     name, sizes = type(self.original).__name__, tuple(self.example.shape[1:])
@@ -294,7 +304,7 @@ def side_layers(self: ChannelTracker) -> list[str]:
 @patch
 def pin_side_exits(self: ChannelTracker) -> None:
     "Pin the channels that layers of a side exit read or write."
-    side = [] if self.module.training else self.side_layers()
+    side = self.side_layers() if not self.module.training and self.unused_layers() else []
     if not side: return
     name = type(self.original).__name__
     try: training = ChannelTracker(self.original, self.example, training=True)
@@ -635,47 +645,67 @@ def keeps_zeros(self: ChannelTracker,
     shape: tuple[int, ...], # to try it on
 ) -> bool:
     "Does this operation turn zeros into zeros?"
-    args, kwargs = self.fetch_args_kwargs_from_env(node)
-    if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())): return False
-    zeros = self.example.new_zeros(shape)
+    def zeros(n: fx.Node) -> Any:
+        value = self.env[n]
+        if not isinstance(value, Tensor): return value
+        return torch.zeros(shape, dtype=value.dtype, device=self.example.device) if self.is_activation(n) else None
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), zeros)
+    numbers = [n for n in node.all_input_nodes if not self.is_activation(n)]
+    if any(isinstance(self.env[n], Tensor) for n in numbers): return False      # of unknown value
     if node.op == 'call_module':
-        with evaluating(self.original.get_submodule(node.target)) as layer: result = layer(zeros)
-    elif node.op == 'call_method': result = getattr(zeros, node.target)(*args[1:], **kwargs)
-    else: result = node.target(zeros, *args[1:], **kwargs)
+        with evaluating(self.original.get_submodule(node.target)) as layer: result = layer(*args)
+    elif node.op == 'call_method': result = getattr(args[0], node.target)(*args[1:], **kwargs)
+    else: result = node.target(*args, **kwargs)
     return bool((result == 0).all())
 
 # %% ../../nbs/04_channels/03_rules.ipynb #da2a505e
 def pointwise() -> list[str]: # names of functions, methods or layers
-    "PyTorch's functions of one number, by the marks that it puts on its operators."
+    "PyTorch's functions of each number by itself, by the marks that it puts on its operators."
     names = {n for place in (torch, F, Tensor) for n in vars(place) if n[0] != '_' and n[-1] != '_'}
-    return sorted(n for n in names if _of_one_number(getattr(torch.ops.aten, n, None)))
+    return sorted(n for n in names if _is_pointwise(getattr(torch.ops.aten, n, None)))
 
-def _of_one_number(operator: Any) -> bool: # of ATen, in all its variants
-    for name in getattr(operator, 'overloads', list)():
-        variant = getattr(operator, name)
-        tensors = [a for a in variant._schema.arguments if 'Tensor' in str(a.type) and not a.is_out]
-        if torch.Tag.pointwise in variant.tags and len(tensors) == 1: return True
-    return False
+def _is_pointwise(operator: Any) -> bool: # of ATen; one of its variants may do more (`max`)
+    names = getattr(operator, 'overloads', list)()
+    return any(torch.Tag.pointwise in getattr(operator, name).tags for name in names)
 
 # %% ../../nbs/04_channels/03_rules.ipynb #d250ea14
 ONE_NUMBER = spellings(*'''
     relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid logsigmoid tanh softplus softsign
     hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink threshold
     clamp clamp_min clamp_max clip exp neg negative abs sqrt square pow
-    dropout dropout1d dropout2d alpha_dropout'''.split())
+    dropout dropout1d dropout2d alpha_dropout zeros_like ones_like full_like'''.split())
 
 STOCHASTIC_DEPTH = 'torchvision.ops.stochastic_depth.stochastic_depth'  # takes seconds to import
 
-POINTWISE = pointwise()
-for name in POINTWISE: ONE_NUMBER += spellings(name)
+MARKED = [key for name in pointwise() for key in spellings(name)]
 
-@rule(*ONE_NUMBER, STOCHASTIC_DEPTH)
+@rule(*MARKED, *ONE_NUMBER, STOCHASTIC_DEPTH)
 def elementwise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> Any:
     "A function of one number."
-    activation = tracker.activation(node.args[0])
-    alone = isinstance(activation, Activation) and len(tracker.inputs(node)) == 1
-    if not alone or not isinstance(tracker.env[node], Tensor): return unknown(tracker, node, layer)
+    activation, read = tracker.activation(node.args[0]), tracker.inputs(node)
+    one = isinstance(activation, Activation) and isinstance(tracker.env[node], Tensor)
+    if len(read) > 1: return of_several(tracker, node, layer, read)
+    if not one or activation.ids.shape != tracker.env[node].shape: return unknown(tracker, node, layer)
     return _if_zeros_stay(tracker, node, layer, activation.ids, (1, 1, 1, 1))
+
+def of_several(
+    tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None,
+    read: list[Activation], # what it reads, each by itself
+) -> Any:
+    "A function of several numbers: their channels are coupled."
+    result = tracker.env[node]
+    arguments = [n for n in node.all_input_nodes if tracker.is_activation(n)]
+    marked = node.target in MARKED and len(arguments) == len(read) and isinstance(result, Tensor)
+    if not marked: return unknown(tracker, node, layer)
+    flat = [compact(a.ids[(None,) * (result.ndim - a.ids.ndim)]) for a in read]
+    several = {d for ids in flat for d in varying(ids)}
+    if any(repeats(ids, sorted(several), result.ndim) for ids in flat): return unknown(tracker, node, layer)
+    for ids in flat[1:]: tracker.groups.couple(flat[0], ids)
+    lost = next((a.zeros_lost_at for a in read if a.zeros_lost_at), '')
+    if not lost and not tracker.keeps_zeros(node, (1,) * result.ndim): lost = node.name
+    ids = torch.broadcast_tensors(*flat)[0].expand(result.shape)
+    return Activation(ids, frozenset().union(*(a.mask_layers for a in read)), lost)
 
 def _if_zeros_stay(
     tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None,

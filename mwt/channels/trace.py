@@ -39,12 +39,14 @@ class Tracer(fx.Tracer):
         self.ends: dict[fx.Node, list[str]] = {}    # operation -> layers that end there
         self.decisions: set[fx.Node] = set()        # sizes that chose the operations behind them
         self.values: dict[fx.Node, Any] = {}        # results, without the values of tensors
+        self.computing = False                      # are such results computed just now?
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = known_class(type(m), self.known) is not None
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.computing: return forward(*args, **kwargs)
         out = super().call_module(m, forward, args, kwargs)
         if isinstance(out, fx.Proxy):
             self.ends.setdefault(out.node, []).append(self.path_of_module(m))
@@ -60,10 +62,12 @@ def value(self: Tracer, node: fx.Node) -> Any:
         weightless = deepcopy(self.root, {id(t): t.detach().to('meta') for t in tensors})
         self.runner = fx.Interpreter(weightless, graph=self.graph)
     env = self.runner.env = self.values
+    self.computing = True           # layers are called, not recorded
     with torch.no_grad(), torch.device('meta'):
         for n in self.graph.nodes:
             if n in env: continue
             env[n] = self.example.to('meta') if n.op == 'placeholder' else _run(self.runner, n)
+    self.computing = False
     if isinstance(env[node], Exception): raise fx.proxy.TraceError(BRANCHES) from env[node]
     return env[node]
 

@@ -229,7 +229,7 @@ def check_runs(
     if not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes):
         raise ValueError(f"classes must be different names, not {classes}")
     images = torch.empty(2, *module.input_shape, device='meta')
-    with CheckedIndices(): shape = tuple(module.eval()(images).shape)
+    with CheckedIndices(), torch.device('meta'): shape = tuple(module.eval()(images).shape)
     if shape == (2, len(classes)): return
     raise ValueError(f"it answers {shape} for 2 images, but has {len(classes)} classes")
 
