@@ -1,7 +1,8 @@
 "Images arrive whole, unchanged and in one split only; random numbers repeat; errors come before any work."
 from __future__ import annotations
-import os, pickle, shutil, time
+import os, pickle, shutil, struct, sys, time, warnings, zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -15,9 +16,10 @@ from torchvision import datasets
 from mwt.data import folders, streams
 from mwt.data.augment import Augment, crop, cut_out, mirror
 from mwt.data.batches import Batches, ImageData, channel_stats, from_tensors
-from mwt.data.folders import cached_images, decode_images, list_images, read_image
+from mwt.data.folders import BrokenImage, cached_images, decode_images, list_images, read_image
 from mwt.data.labels import check_labels, class_indices, split_by_class
 from mwt.data.sources import image_data
+from mwt.data.streams import ImageFiles, image_files
 
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 quick = settings(max_examples=40, deadline=None)
@@ -229,6 +231,176 @@ def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
     assert read_image(tmp_path/'deep.png').ravel().tolist() == [0, 0, 1, 128, 255, 255]
 
 
+def tiff(path: Path, values: np.ndarray, sample: int = 1, photometric: int = 1, planes: int = 1) -> Path:
+    "An uncompressed TIFF of numbers (height, width) or (height, width, channels)."
+    height, width, channels = values.shape if values.ndim == 3 else (*values.shape, 1)
+    raw = (values.transpose(2, 0, 1) if planes == 2 else values).tobytes()
+    parts = channels if planes == 2 else 1
+    each, start = len(raw) // parts, 8 + len(raw) + len(raw) % 2
+    bits = values.dtype.itemsize * 8
+    tags = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric],
+            273: [8 + i * each for i in range(parts)], 277: [channels], 278: [height], 279: [each] * parts,
+            284: [planes], 339: [sample] * channels}
+    end, entries, tail = start + 2 + 12 * len(tags) + 4, b'', b''
+    for tag, numbers in sorted(tags.items()):
+        packed = struct.pack(f'<{len(numbers)}I', *numbers)
+        where = packed if len(packed) == 4 else struct.pack('<I', end + len(tail))
+        if len(packed) > 4: tail += packed
+        entries += struct.pack('<HHI', tag, 4, len(numbers)) + where
+    content = struct.pack('<2sHI', b'II', 42, start) + raw
+    path.write_bytes(content.ljust(start, b'\0') + struct.pack('<H', len(tags)) + entries + bytes(4) + tail)
+    return path
+
+
+def png(path: Path, values: np.ndarray, color: int, transparent: Sequence[int] = ()) -> Path:
+    "A PNG of 8 or 16 bits, perhaps with one value or colour that means transparent."
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    bits = values.dtype.itemsize * 8
+    lines = b''.join(b'\0' + row.astype(values.dtype.newbyteorder('>')).tobytes() for row in values)
+    header = struct.pack('>2I5B', *values.shape[1::-1], bits, color, 0, 0, 0)
+    content = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+    if transparent: content += chunk(b'tRNS', struct.pack(f'>{len(transparent)}H', *transparent))
+    path.write_bytes(content + chunk(b'IDAT', zlib.compress(lines)) + chunk(b'IEND', b''))
+    return path
+
+
+RAMP = np.arange(16).reshape(4, 4) / 15         # what deep images show: from 0 to 1
+
+
+@pytest.mark.parametrize(('top', 'kind', 'options'), [
+    (255, np.int32, dict(sample=2)), (255, np.uint32, {}), (1000, np.int32, dict(sample=2)),
+    (1000, np.int16, dict(sample=2)), (32767, np.int16, dict(sample=2)),
+    (1, np.float32, dict(sample=3)), (255, np.float32, dict(sample=3)), (65535, np.float32, dict(sample=3)),
+    (255, np.uint16, {}), (1023, np.uint16, {}), (4095, np.uint16, {}), (16383, np.uint16, {})])
+def test_deep_images_need_to_know_white(tmp_path: Path, top: float, kind: type, options: dict) -> None:
+    "They are refused with a remedy that works, and read right by it."
+    values = (RAMP * top).astype(kind)
+    path = tiff(tmp_path/'a.tif', values, **options)
+    with pytest.raises(ValueError, match='a.tif.*holds .*say .*--white') as caught:
+        read_image(path)
+    advised = float(str(caught.value).split('white=')[1].split()[0])
+    found = read_image(path, white=advised)
+    assert np.abs(found[0] - values * (255 / advised)).max() <= 1.01
+    assert len(np.unique(found)) == 16 and found.min() == 0 and advised / 2 <= top <= advised
+    with pytest.raises(ValueError, match='above white=.*say a larger one'): read_image(path, white=top / 3)
+    with pytest.raises(ValueError, match='holds'): image_files([path], show_progress=False)
+    streamed = image_files([path], white=advised, show_progress=False).read()
+    assert np.array_equal(streamed[0].numpy(), found)
+
+
+@pytest.mark.parametrize('top', [1023, 4095])
+def test_deep_pngs_in_a_folder(tmp_path: Path, top: int) -> None:
+    folder = tmp_path/'a'
+    for kind in 'cat', 'dog':
+        (folder/kind).mkdir(parents=True)
+        for i in range(4): png(folder/kind/f'{i}.png', (RAMP * (top - i)).astype(np.uint16), 0)
+    for streaming in False, True:
+        with pytest.raises(ValueError, match=rf'brightest of 8.*none above {top}.*white={top} .--white'):
+            open_small(folder, streaming=streaming)
+    assert not (tmp_path/'cache').exists()
+    whole, files = (open_small(folder, white=top, streaming=s, workers=0) for s in (False, True))
+    assert len(whole.train.images[0].unique()) == 16
+    assert torch.equal(whole.train.images, files.train.images.read())
+    dark = open_small(folder, white=65535)                      # another file of the cache
+    assert dark.train.images.max() == top // 256 and len(list((tmp_path/'cache').iterdir())) == 2
+    png(folder/'dog'/'bright.png', (RAMP * 65535).astype(np.uint16), 0)
+    for streaming in False, True:                               # now they are dark images of 16 bits
+        data = open_small(folder, streaming=streaming, workers=0)
+        assert data.train.n + data.valid.n + data.test.n == 9
+
+
+@pytest.mark.parametrize(('values', 'options', 'text'), [
+    (-RAMP.astype(np.float32), dict(sample=3), 'below 0, down to -1'),
+    ((RAMP * 900 - 5).astype(np.int16), dict(sample=2), 'below 0, down to -5'),
+    (np.where(RAMP > .5, np.nan, RAMP).astype(np.float32), dict(sample=3), 'no finite numbers'),
+    (np.where(RAMP > .5, np.inf, RAMP).astype(np.float32), dict(sample=3), 'no finite numbers'),
+    ((RAMP * 200 - 100).astype(np.int8), dict(sample=2), 'signed bytes'),
+    (np.stack([RAMP * 65535] * 3, -1).astype(np.uint16), dict(photometric=2, planes=2), 'plane by plane'),
+    (RAMP.astype(np.float64), dict(sample=3), 'not a readable image')])
+def test_numbers_that_bytes_cannot_show(tmp_path: Path, values: np.ndarray, options: dict, text: str) -> None:
+    path = tiff(tmp_path/'a.tif', values, **options)
+    for white in None, 65535:
+        with pytest.raises(ValueError, match=text): read_image(path, white=white)
+
+
+def test_whole_ranges_are_read(tmp_path: Path) -> None:
+    deep = (RAMP * 65535).astype(np.uint16)
+    want = (deep // 256)[None]
+    assert np.array_equal(read_image(tiff(tmp_path/'a.tif', deep)), want)
+    assert np.array_equal(read_image(tiff(tmp_path/'b.tif', deep, photometric=0)), 255 - want)  # 0 is white
+    assert np.array_equal(read_image(png(tmp_path/'a.png', deep, 0)), want)
+    colours = np.stack([deep, deep.T, deep], -1)
+    assert np.array_equal(read_image(png(tmp_path/'b.png', colours, 2)), (colours // 256).transpose(2, 0, 1))
+    for top in 1023, 65535:                 # a PGM says what is white
+        content = (RAMP * top).round().astype('>u2').tobytes()
+        (tmp_path/'a.pgm').write_bytes(f'P5 4 4 {top}\n'.encode() + content)
+        assert np.abs(read_image(tmp_path/'a.pgm')[0] - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize('top', [1023, 4095, 16383])
+def test_dark_colours_of_sixteen_bits(tmp_path: Path, top: int) -> None:
+    colours = np.stack([RAMP * top] * 3, -1).astype(np.uint16)
+    (tmp_path/'a.ppm').write_bytes(b'P6 4 4 65535\n' + colours.astype('>u2').tobytes())
+    for path in (png(tmp_path/'a.png', colours, 2), tmp_path/'a.ppm',
+                 tiff(tmp_path/'a.tif', colours, photometric=2)):
+        with pytest.raises(ValueError, match='less than half of their range.*convert it to 8 bits'):
+            read_image(path)
+        assert read_image(path, white=65535).max() in (top // 257, top // 257 + 1)
+        with pytest.raises(ValueError, match='only white=65535 can be read'): read_image(path, white=top)
+
+
+# Transparency: on white
+
+SEEN = [[255, 255, 255], [255, 127, 127], [0, 0, 255]]      # nothing, half of red, blue
+RGBA = np.array([[[255, 0, 0, 0], [255, 0, 0, 128], [0, 0, 255, 255]]], np.uint8)
+
+
+def palette() -> Image.Image:
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert('P')
+    image.putpalette([255, 0, 0, 255, 0, 0, 0, 0, 255])
+    return image
+
+
+def transparent(folder: Path) -> dict[str, tuple[Path, list]]:
+    "Images of three pixels, and what is seen of them."
+    folder.mkdir()
+    hidden, rgba = [[255] * 3, [255, 0, 0], [0, 0, 255]], Image.fromarray(RGBA)
+    Image.fromarray(RGBA).save(folder/'rgba.webp', lossless=True, exact=True)
+    for suffix in 'png', 'tif', 'tga': rgba.save(folder/f'rgba.{suffix}')
+    palette().save(folder/'p.png', transparency=0)
+    palette().save(folder/'bytes.png', transparency=bytes([0, 128, 255]))
+    palette().save(folder/'p.gif', transparency=0)
+    pa = palette().convert('PA')
+    pa.putalpha(Image.fromarray(RGBA[..., 3]))
+    pa.save(folder/'pa.tif')
+    Image.fromarray(np.array([[[9, 0], [0, 128], [80, 255]]], np.uint8), 'LA').save(folder/'la.png')
+    Image.fromarray(np.array([[[9, 0], [0, 128], [80, 255]]], np.uint8), 'LA').save(folder/'la.tif')
+    png(folder/'l.png', np.array([[7, 0, 80]], np.uint8), 0, [7])
+    png(folder/'deep.png', np.array([[7, 0, 65535]], np.uint16), 0, [7])
+    png(folder/'rgb.png', np.array([[[9, 8, 7], [255, 0, 0], [0, 0, 255]]], np.uint8), 2, [9, 8, 7])
+    grey = [[255], [127], [80]]
+    want = {name: SEEN for name in ('rgba.webp', 'rgba.png', 'rgba.tif', 'rgba.tga', 'bytes.png', 'pa.tif')}
+    want |= {name: hidden for name in ('p.png', 'p.gif', 'rgb.png')} | {'la.png': grey, 'la.tif': grey}
+    want |= {'l.png': [[255], [0], [80]], 'deep.png': [[255], [0], [255]]}
+    return {name: (folder/name, pixels) for name, pixels in want.items()}
+
+
+def test_transparent_images_lie_on_white(tmp_path: Path) -> None:
+    for name, (path, want) in transparent(tmp_path/'a').items():
+        assert read_image(path)[:, 0].T.tolist() == want, name
+        streamed = image_files([path], show_progress=False).read()
+        assert torch.equal(streamed, decode_images([path], show_progress=False)), name
+        assert streamed[0, :, 0].T.tolist() == want, name
+
+
+def test_hidden_colours_do_not_bleed_when_resized(tmp_path: Path) -> None:
+    pixels = np.full((8, 8, 4), 255, np.uint8)
+    pixels[:, :4] = 0                           # hidden black beside white
+    Image.fromarray(pixels).save(tmp_path/'a.png')
+    assert read_image(tmp_path/'a.png', size=5).min() == 255
+
+
 def test_photos_are_turned_upright(tmp_path: Path) -> None:
     image, exif = Image.new('L', (4, 2)), Image.Exif()
     exif[0x112] = 6
@@ -255,13 +427,145 @@ def test_different_sizes(tmp_path: Path) -> None:
 def test_other_files_are_ignored(tmp_path: Path) -> None:
     others = ['cat/notes.txt', 'cat/.hidden.png', '.git/a.png', 'dog/Thumbs.db', 'README.md']
     tree(small(tmp_path/'a'), dict.fromkeys(others, 'x'))
-    assert open_small(tmp_path/'a').classes == ['cat', 'dog']
-    assert together(open_small(tmp_path/'a')).shape[0] == 10
+    with pytest.warns(UserWarning, match=r'files ending in .txt: 1 .first: cat/notes.txt'):
+        data = open_small(tmp_path/'a')
+    assert data.classes == ['cat', 'dog'] and together(data).shape[0] == 10
 
 
 def test_a_class_called_train(tmp_path: Path) -> None:
     tree(tmp_path/'a', {f'{kind}/{i}.png': (8, 8) for kind in ('train', 'ship') for i in range(3)})
     assert open_small(tmp_path/'a').classes == ['ship', 'train']
+
+
+def split_names(folder: Path, n: int, *names: str) -> Path:
+    "Two classes in each of some splits; no two images are equal."
+    for seed, name in enumerate(names):
+        for kind in 'cat', 'dog':
+            for i in range(n):
+                pixels = np.random.default_rng([seed, i, kind == 'cat']).integers(0, 256, (8, 8, 3), np.uint8)
+                (folder/name/kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder/name/kind/f'{i}.png')
+    return folder
+
+
+@pytest.mark.parametrize('names', [
+    ('train', 'test', 'val'), ('train', 'test', 'validation'), ('Train', 'Test', 'Val'),
+    ('TRAIN', 'TEST', 'VALID'), ('Training', 'Testing', 'Validation'), ('training', 'test', 'Valid')])
+def test_splits_by_any_of_their_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    folder = split_names(tmp_path/'a', 3, *names)
+    data = open_small(folder)
+    assert [b.n for b in data.splits().values()] == [6, 6, 6]
+    for split, name in zip(('train', 'test', 'valid'), names):
+        want = decode_images(sorted((folder/name).glob('*/*')), show_progress=False)
+        assert torch.equal(data.splits()[split].images, want)
+    streamed = open_small(folder, streaming=True, workers=0)
+    assert torch.equal(streamed.valid.images.read(), data.valid.images)
+
+
+def test_two_folders_for_one_split(tmp_path: Path) -> None:
+    split_names(tmp_path/'a', 2, 'train', 'test', 'val', 'valid')
+    with pytest.raises(ValueError, match='valid/ and val/|val/ and valid/.*all mean the valid split; keep one'):
+        open_small(tmp_path/'a')
+    shutil.rmtree(tmp_path/'a/val')
+    (tmp_path/'a/val').mkdir()                  # without class folders it is none
+    with pytest.warns(UserWarning, match=r'neither train, valid nor test: 1 \(first: val\)'):
+        assert open_small(tmp_path/'a').valid.n == 4
+    split_names(tmp_path/'b', 2, 'train', 'Test', 'testing')
+    with pytest.raises(ValueError, match='Test/ and testing/, which all mean the test split'):
+        open_small(tmp_path/'b')
+    split_names(tmp_path/'c', 2, 'Train', 'val')
+    with pytest.raises(ValueError, match='has Train/ and val/ but no test/'): open_small(tmp_path/'c')
+
+
+@pytest.mark.parametrize('name', ['train', 'Testing', 'val', 'Validation'])
+def test_a_class_may_be_called_like_a_split(tmp_path: Path, name: str) -> None:
+    files = {f'{kind}/{i}.png': (8, 8) for kind in (name, 'ship') for i in range(3)}
+    tree(tmp_path/'a', files)
+    assert open_small(tmp_path/'a').classes == sorted([name, 'ship'])
+    tree(tmp_path/'a', {f'{name}/more/1.png': (8, 8)})      # a sub-folder makes no split of it
+    with pytest.warns(UserWarning, match='sub-folders of classes: 1'):
+        assert open_small(tmp_path/'a').classes == sorted([name, 'ship'])
+
+
+# Left out
+
+def said(folder: Path, **options) -> list[str]:
+    "What opening a folder warns about."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        open_small(folder, **options)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(('names', 'kind'), [
+    (['cat/more/1.png', 'dog/more/deep/2.png'], 'sub-folders of classes: 2 (first: cat/more)'),
+    (['cat/a.HEIC', 'cat/b.heic', 'dog/c.Heic'], 'files ending in .heic: 3 (first: cat/a.HEIC)'),
+    (['dog/scan'], 'files without a suffix: 1 (first: dog/scan)'),
+    (['dog/a.CR2'], 'files ending in .cr2: 1 (first: dog/a.CR2)'),
+    (['dog/a.npy', 'cat/a.svg'], 'files ending in .svg: 1 (first: cat/a.svg); files ending in .npy: 1'),
+    (['loose.png'], 'images beside the class folders: 1 (first: loose.png)')])
+@pytest.mark.parametrize('streaming', [False, True])
+def test_what_is_left_out_is_counted_and_said_once(tmp_path: Path, names: list[str], kind: str,
+                                                   streaming: bool) -> None:
+    small(tmp_path/'a')
+    tree(tmp_path/'a', {name: (8, 8) if name.endswith('png') else 'x' for name in names})
+    found = said(tmp_path/'a', streaming=streaming)
+    assert len(found) == 1 and kind in found[0] and str(tmp_path/'a') in found[0]
+
+
+def test_left_out_beside_splits_and_dead_links(tmp_path: Path) -> None:
+    split_names(tmp_path/'a', 2, 'train', 'test', 'extra')
+    tree(tmp_path/'a', {'loose.png': (8, 8), 'train/b.png': (8, 8), 'README.md': 'x'})
+    os.symlink('nowhere.png', tmp_path/'a/test/cat/link.png')
+    found, = said(tmp_path/'a')
+    for kind in ('neither train, valid nor test: 1 (first: extra)', 'beside the splits: 1 (first: loose.png)',
+                 'beside the class folders: 1 (first: train/b.png)', 'nowhere, and devices: 1'):
+        assert kind in found
+    assert 'README' not in found
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path) -> None:
+    tree(small(tmp_path/'a'), {'cat/.DS_Store': 'x', 'dog/Thumbs.db': 'x', '.git/x.png': 'x', 'notes.md': 'x'})
+    assert said(tmp_path/'a') == []
+
+
+def test_a_class_with_nothing_but_other_files(tmp_path: Path) -> None:
+    tree(small(tmp_path/'a'), {'bird/a.heic': 'x', 'bird/more/b.png': (8, 8)})
+    wanted = 'bird holds no image .left out: files ending in .heic: 1 .*sub-folders of classes: 1'
+    with pytest.raises(ValueError, match=wanted): open_small(tmp_path/'a')
+
+
+# Names that are not UTF-8
+
+needs_bytes = pytest.mark.skipif(sys.platform != 'linux', reason='file names are text here')
+
+
+@needs_bytes
+@pytest.mark.parametrize('place', ['one tree', 'split', 'above'])
+def test_a_latin_1_name_is_refused_when_reading(tmp_path: Path, no_reading: None, place: str) -> None:
+    odd = os.fsdecode('caf\xe9'.encode('latin-1'))
+    folder = tmp_path/'a'
+    if place == 'one tree': tree(small(folder), {f'{odd}/{i}.png': (8, 8) for i in range(5)})
+    if place == 'split':
+        split_names(folder, 2, 'train', 'test')
+        for split in 'train', 'test': (folder/split/'cat').rename(folder/split/odd)
+    if place == 'above': folder = small(tmp_path/odd/'a')
+    with pytest.raises(ValueError, match=r"caf\\xe9.*not named in UTF-8.*rename") as caught: open_small(folder)
+    str(caught.value).encode()
+    assert not (tmp_path/'cache').exists()
+
+
+@needs_bytes
+def test_file_names_may_be_any_bytes(tmp_path: Path) -> None:
+    small(tmp_path/'a')
+    odd = tmp_path/'a/cat'/os.fsdecode(b'caf\xe9.png')
+    (tmp_path/'a/cat/0.png').rename(odd)
+    first, again = open_small(tmp_path/'a'), open_small(tmp_path/'a')
+    assert together(first).shape[0] == 10 and first.fingerprint == again.fingerprint
+    odd.write_bytes(b'no image')
+    with pytest.raises(ValueError, match=r'caf\\xe9.png is not a readable image') as caught:
+        open_small(tmp_path/'a')
+    str(caught.value).encode()
 
 
 # Splits
@@ -550,6 +854,8 @@ def test_unknown_source(source: object, error: type, said: str, tmp_path: Path,
     (dict(valid='some'), TypeError, 'valid'), (dict(size=0), ValueError, 'size'),
     (dict(size=(8, 8)), TypeError, 'size'),
     (dict(seed=-1), ValueError, 'seed'), (dict(augment='none'), ValueError, 'or None for none'),
+    (dict(white=0), ValueError, 'white'), (dict(white='1'), TypeError, 'white'),
+    (dict(white=float('inf')), ValueError, 'white'), (dict(skip_broken=1), TypeError, 'skip_broken'),
     (dict(device='gpu'), ValueError, "use 'cpu' or 'cuda'")])
 def test_options_out_of_range(option: dict, error: type, said: str, sample: Path, tmp_path: Path,
                               no_reading: None) -> None:
@@ -598,6 +904,125 @@ def test_an_unreadable_image_is_named(kind: str, sample: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match=r'dog/bad.jpg is not a readable image .*; repair or remove it'):
         open_small(tmp_path/'a', size=8)
     assert not (tmp_path/'cache').exists()
+
+
+# Broken images, skipped on request
+
+def spoil(folder: Path, *names: str) -> None:
+    for i, name in enumerate(names):
+        whole = (folder/name).read_bytes()
+        (folder/name).write_bytes([whole[:-30], b'no image', b''][i % 3])
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('layout', ['one tree', 'splits'])
+def test_broken_images_are_skipped_on_request(tmp_path: Path, streaming: bool, layout: str) -> None:
+    "As if they had never been there: splits, labels, pixels."
+    folder = tmp_path/'a'
+    if layout == 'splits': split_names(folder, 12, 'train', 'test', 'val')
+    else: split_names(folder, 30, '')
+    first = 'test/' if layout == 'splits' else ''
+    names = [f'{first}cat/0.png', f'{first}cat/11.png', f'{first}dog/3.png']    # the very first one too
+    shutil.copytree(folder, tmp_path/'b'/'a')
+    for name in names: (tmp_path/'b'/'a'/name).unlink()
+    spoil(folder, *names)
+    with pytest.raises(ValueError, match='not a readable image.*skip_broken=True .--skip-broken'):
+        open_small(folder, streaming=streaming, workers=0).test.images.read()
+    with pytest.warns(UserWarning, match=f'3 of .* broken and skipped: {names[0]}, .*{names[2]}'):
+        found = open_small(folder, streaming=streaming, workers=0, skip_broken=True)
+    want = open_small(tmp_path/'b'/'a')
+    for split, batches in found.splits().items():
+        images = batches.images.read() if streaming else batches.images
+        assert torch.equal(images, want.splits()[split].images)
+        assert torch.equal(batches.labels, want.splits()[split].labels)
+    assert found.fingerprint == want.fingerprint
+
+
+def test_broken_images_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, real = [], folders._is_broken
+    monkeypatch.setattr(folders, '_is_broken', lambda path, size: looked.append(path) or real(path, size))
+    spoil(small(tmp_path/'a'), 'cat/1.png')
+    for _ in range(2):                          # and said each time
+        with pytest.warns(UserWarning, match='1 of 10 images are broken and skipped: cat/1.png$'):
+            assert together(open_small(tmp_path/'a', skip_broken=True)).shape[0] == 9
+    assert len(looked) == 10
+    tree(tmp_path/'a', {'cat/1.png': (8, 8)})   # repaired
+    assert said(tmp_path/'a', skip_broken=True) == [] and len(looked) == 20
+    assert together(open_small(tmp_path/'a')).shape[0] == 10
+
+
+def test_skipping_is_for_broken_images_only(tmp_path: Path) -> None:
+    tree(small(tmp_path/'a'), {'dog/wide.png': (9, 8)})
+    with pytest.raises(ValueError, match='differ in size'): open_small(tmp_path/'a', skip_broken=True)
+    (tmp_path/'a/dog/wide.png').unlink()
+    tiff(tmp_path/'a/dog/float.tif', RAMP.astype(np.float32), sample=3)
+    with pytest.raises(ValueError, match='no fixed range'): open_small(tmp_path/'a', skip_broken=True)
+    (tmp_path/'a/dog/float.tif').unlink()
+    (tmp_path/'a/dog/0.png').unlink()
+    with pytest.raises(ValueError) as gone: read_image(tmp_path/'a/dog/0.png')     # no fault of the file
+    assert not isinstance(gone.value, BrokenImage)
+    spoil(tmp_path/'a', *[f'dog/{i}.png' for i in range(1, 5)])
+    with pytest.raises(ValueError, match='all images in dog are broken'):
+        with pytest.warns(UserWarning, match='4 of 9'): open_small(tmp_path/'a', skip_broken=True)
+
+
+# Fingerprints
+
+def test_fingerprint_of_a_folder(tmp_path: Path) -> None:
+    "Of the files, not of the place, the time, or how they are read."
+    known = open_small(small(tmp_path/'a')).fingerprint
+    for options in dict(seed=3), dict(size=4), dict(streaming=True, workers=0), dict(valid=.4):
+        assert open_small(tmp_path/'a', **options).fingerprint == known
+    data = open_small(tmp_path/'a')
+    assert data.subset('cat').fingerprint == data.to('cpu').fingerprint == data.shard(0, 1).fingerprint == known
+    (tmp_path/'a').rename(tmp_path/'moved')
+    assert open_small(tmp_path/'moved').fingerprint == known
+    shutil.copytree(tmp_path/'moved', tmp_path/'copy', copy_function=shutil.copyfile)
+    assert open_small(tmp_path/'copy').fingerprint == known
+
+
+@pytest.mark.parametrize('change', ['replaced', 'same size', 'added', 'removed', 'renamed', 'class'])
+def test_fingerprint_of_a_changed_folder(tmp_path: Path, change: str) -> None:
+    folder = tree(tmp_path/'a', {f'{kind}/{i}.bmp': (8, 8) for kind in ('cat', 'dog') for i in range(5)})
+    known, cat = open_small(folder).fingerprint, folder/'cat'
+    if change == 'replaced': shutil.copy(folder/'dog/0.bmp', cat/'0.bmp')
+    if change == 'same size':                   # and the same dates: two pictures exchanged
+        for path in folder.glob('*/*'): os.utime(path, ns=(1, 1))
+        for old, new in ('cat/0', 'x'), ('dog/0', 'cat/0'), ('x', 'dog/0'):
+            (folder/f'{old}.bmp').rename(folder/f'{new}.bmp')
+    if change == 'added': shutil.copy(cat/'0.bmp', cat/'9.bmp')
+    if change == 'removed': (cat/'0.bmp').unlink()
+    if change == 'renamed': (cat/'0.bmp').rename(cat/'7.bmp')
+    if change == 'class': cat.rename(folder/'lion')
+    assert open_small(folder).fingerprint != known
+
+
+def test_exchanged_pictures_are_decoded_again(tmp_path: Path, counted: list[int]) -> None:
+    "Uncompressed files are all of one size, and an archive gives them all one date."
+    folder = tree(tmp_path/'a', {f'{kind}/{i}.bmp': (8, 8) for kind in ('cat', 'dog') for i in range(5)})
+    for path in folder.glob('*/*'): os.utime(path, ns=(1, 1))
+    before = open_small(folder)
+    for old, new in ('cat', 'x'), ('dog', 'cat'), ('x', 'dog'):
+        for i in range(5):
+            (folder/new).mkdir(exist_ok=True)
+            (folder/old/f'{i}.bmp').rename(folder/new/f'{i}.bmp')
+    (folder/'x').rmdir()
+    after = open_small(folder)
+    assert counted == [10, 10] and not torch.equal(before.train.images, after.train.images)
+
+
+def test_fingerprint_of_tensors_and_named_sets(digits: ImageData) -> None:
+    assert digits.fingerprint == image_data('digits', seed=5, size=16, valid=.3, device='cpu').fingerprint
+    data = from_tensors(numbered(60), numbered(12), device='cpu')
+    assert data.fingerprint == from_tensors(numbered(60), numbered(12), valid=.4, seed=2, device='cpu').fingerprint
+    images, labels = numbered(60)
+    images[7, 0, 0, 0] ^= 1
+    others = [from_tensors((images, labels), numbered(12), device='cpu'),
+              from_tensors(numbered(60), numbered(24), device='cpu'),
+              from_tensors((numbered(60)[0], labels.roll(1)), numbered(12), device='cpu'),
+              from_tensors(numbered(60), numbered(12), classes=[*'abc'], device='cpu')]
+    assert len({d.fingerprint for d in [data, digits, *others]}) == 6
+    assert pickle.loads(pickle.dumps(data)).fingerprint == data.fingerprint
 
 
 def test_float_images_are_refused(tmp_path: Path) -> None:

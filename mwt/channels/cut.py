@@ -31,12 +31,21 @@ def kept_channels(
 # %% ../../nbs/04_channels/05_cut.ipynb #ae6084e7
 @torch.no_grad()
 def _silence(model: nn.Module, info: LayerInfo, keep: Tensor) -> None:
-    "Make a layer write zeros where it keeps nothing."
-    layer, off = model.get_submodule(info.norm or info.name), ~keep.to(device_of(model))
-    for p in (layer.weight, layer.bias):
-        if p is not None: p[off] = 0
+    "Make a layer, and the norm that belongs to it, write zeros where it keeps nothing."
+    off = ~keep.to(device_of(model))
+    for name in [n for n in (info.name, info.norm) if n]:
+        layer = model.get_submodule(name)
+        for p in (layer.weight, layer.bias, getattr(layer, 'running_mean', None)):
+            if p is not None: p[off] = 0
 
 # %% ../../nbs/04_channels/05_cut.ipynb #af1831ff
+def _parameter(
+    value: Tensor, # the new values
+    old: nn.Parameter, # in whose place they stand
+) -> nn.Parameter: # frozen if the old one is
+    "A parameter that is trained if the old one is."
+    return nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+
 def _cut_layer(
     layer: nn.Module, # a convolution, linear layer or norm; changed
     reads: Tensor | None, # (inputs,), boolean; `None` for a norm
@@ -48,8 +57,8 @@ def _cut_layer(
     if weight is not None:
         weight = weight[writes]
         if reads is not None and not grouped: weight = weight[:, reads]
-        layer.weight = nn.Parameter(weight.clone())
-    if layer.bias is not None: layer.bias = nn.Parameter(layer.bias[writes].clone())
+        layer.weight = _parameter(weight, layer.weight)
+    if layer.bias is not None: layer.bias = _parameter(layer.bias[writes], layer.bias)
     if isinstance(layer, NORMS): _cut_statistics(layer, writes)
     else: _set_sizes(layer, int(reads.sum()), int(writes.sum()))
 
@@ -77,11 +86,15 @@ def _cut_tensor(
     "Keep some elements, along one dimension, of a parameter or buffer, in place."
     [dim] = varying(keep)
     index = keep.movedim(dim, 0).reshape(keep.shape[dim], -1)[:, 0].nonzero()[:, 0]
+    _pick(model, path, dim, index)
+
+def _pick(model: nn.Module, path: str, dim: int, index: Tensor) -> None:
+    "Keep some places along a dimension of a parameter, buffer or other tensor, in place."
     parent, _, name = path.rpartition('.')
     owner = model.get_submodule(parent)
     old = getattr(owner, name)
-    new = old.detach().index_select(dim, index.to(old.device)).clone()
-    setattr(owner, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    new = old.detach().index_select(dim, index.to(old.device))
+    setattr(owner, name, _parameter(new, old) if isinstance(old, nn.Parameter) else new)
 
 # %% ../../nbs/04_channels/05_cut.ipynb #0d888a83
 @torch.no_grad()
@@ -105,3 +118,29 @@ def slice_channels_(
     for path, ids in channels.tensors.items():
         if not stays[ids].all(): _cut_tensor(model, path, stays[ids])
     return model.eval()
+
+# %% ../../nbs/04_channels/05_cut.ipynb #38050aba
+@torch.no_grad()
+def keep_answers_(
+    model: nn.Module, # with all outputs; changed in place
+    channels: ChannelMap, # of the network that it was cut from
+    rows: list[int], # the outputs to keep, in this order
+) -> None:
+    "Keep some outputs of a network."
+    answer = channels.root[channels.layers[channels.head].writes]
+    for name, layer in channels.layers.items():
+        if name in channels.folded or not torch.equal(channels.root[layer.writes], answer): continue
+        _keep_rows(model, name, rows)
+    for path, ids in channels.tensors.items():
+        dims = varying(ids)
+        if len(dims) != 1 or not torch.isin(channels.root[ids], answer).all(): continue
+        _pick(model, path, dims[0], torch.tensor(rows))
+
+def _keep_rows(model: nn.Module, name: str, rows: list[int]) -> None:
+    "Keep some outputs of a layer, in place."
+    layer = model.get_submodule(name)
+    for tensor in ('weight', 'bias', 'running_mean', 'running_var'):
+        if getattr(layer, tensor, None) is not None: _pick(model, f'{name}.{tensor}', 0, torch.tensor(rows))
+    for size in ('out_features', 'out_channels', 'num_features'):
+        if hasattr(layer, size): setattr(layer, size, len(rows))
+    if getattr(layer, 'groups', 1) > 1: layer.groups = layer.in_channels = len(rows)

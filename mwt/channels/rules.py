@@ -7,18 +7,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from ..core.nets import evaluating
-from .trace import _traced, known_class
+from .trace import _traced, known_class, tidy_
 from .groups import Activation, ChannelGroups, compact, varying
 
 # %% auto #0
-__all__ = ['Rule', 'RULES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker', 'full_name']
+__all__ = ['Rule', 'RULES', 'SAME_VALUES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker', 'full_name']
 
 # %% ../../nbs/04_channels/03_rules.ipynb #286d2c70
 Rule = Callable[['ChannelTracker', fx.Node, nn.Module | None], Any]
@@ -64,10 +64,14 @@ class ChannelTracker(fx.Interpreter):
     def __init__(self,
         model: nn.Module, # a plain network
         example: Tensor, # an input that it accepts
+        training: bool = False, # follow it as it runs in training, not in use
     ) -> None:
-        graph, self.ends = _traced(model, RULES)
+        with evaluating(model):
+            graph, tracer = _traced(model.train(training), RULES, example)
+        graph, self.ends = tidy_(graph, tracer.decisions), tracer.ends
+        self.decisions = tracer.decisions
         tensors = (*model.parameters(), *model.buffers())
-        weightless = deepcopy(model, {id(t): t.detach().to('meta') for t in tensors}).eval()
+        weightless = deepcopy(model, {id(t): t.detach().to('meta') for t in tensors}).train(training)
         super().__init__(weightless, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False
         self.original, self.example = model, example
@@ -78,11 +82,25 @@ class ChannelTracker(fx.Interpreter):
         self.needed: set[str] = set()               # layers behind which a mask must stand
         self.owners: dict[str, str] = {}            # norm -> the writer that it belongs to
         self.folded: set[str] = set()               # layers that hold a norm written as a function
+        self.calls: dict[fx.Node, str] = {}         # operation -> the layer of `layers` that it runs
+        self.sizes: dict[fx.Node, list[Activation | str]] = {}  # number -> whose channels it counts
+        self.shapes: dict[fx.Node, Activation | str] = {}       # shape -> of what
+        self.counted_tensors: dict[str, str] = {}   # parameter whose size was read -> why it stays
 
     def track(self) -> ChannelTracker:
-        "Run the network on channel numbers."
-        with torch.no_grad(): self.run(self.example[:1].to('meta'), enable_io_processing=False)
+        "Run the network on channel numbers. Raises `ValueError` where an operation needs values."
+        self.walk()
+        for node in self.decisions: self.pin_decided(node)
+        self.pin_own_weights()
+        self.pin_side_exits()
         return self
+
+    def images(self, n: int) -> Tensor: # (n, channels, height, width)
+        return self.example[:1].expand(n, *self.example.shape[1:]).contiguous()
+
+    def walk(self) -> None:
+        images = self.images(2 if self.module.training else 1).to('meta')      # norms need two
+        with torch.no_grad(): self.run(images, enable_io_processing=False)
 
 # %% ../../nbs/04_channels/03_rules.ipynb #35506b33
 @patch
@@ -141,12 +159,48 @@ def spread(self: ChannelTracker,
 def finish(self: ChannelTracker, node: fx.Node) -> None:
     "The answer."
     answers = self.inputs(node)
+    if self.module.training:
+        for answer in answers: self.groups.pin(answer.ids, 'it answers in training')
+        return
+    name = type(self.original).__name__
     if len(answers) != 1 or answers[0].ids.ndim != 2:
-        raise ValueError(f"{type(self.original).__name__}: the network must answer with one tensor "
-                         "(batch, classes)")
+        raise ValueError(f"{name}: the network must answer with one tensor (batch, classes)")
     self.answer = answers[0].ids[0]
+    self.find_heads()
     self.groups.pin(self.answer, 'it answers')
     self.needed |= answers[0].mask_layers
+
+# %% ../../nbs/04_channels/03_rules.ipynb #85a7518d
+@patch
+def find_heads(self: ChannelTracker) -> None:
+    "Let the last layer be the head. Raises `ValueError` where answers cannot be cut one by one."
+    answer = self.groups.root[self.answer]
+    written = {n: self.groups.root[layer.writes] for n, layer in self.layers.items() if layer.reads is not None}
+    heads = [n for n, roots in written.items() if torch.equal(roots, answer)]
+    if not heads: return                    # the map of channels says what is missing
+    self.answer = self.layers[heads[-1]].writes
+    mixed = self.answers_mixed(answer, set(written) - set(heads))
+    if not mixed: return
+    raise ValueError(f"{type(self.original).__name__}: its answer cannot be cut class by class "
+                     f"({mixed}); let the network end with one layer, one output a class, and behind "
+                     "it only what treats each class by itself")
+
+@patch
+def answers_mixed(self: ChannelTracker,
+    answer: Tensor, # (classes,) roots
+    others: set[str], # layers that are no heads
+) -> str: # why answers cannot be cut one by one; empty if they can
+    "What mixes the answers."
+    root, reasons = self.groups.root, self.groups.reasons()
+    found = [reasons[i] for i in answer.tolist() if i in reasons]
+    if len(answer.unique()) < len(answer): found.append('it is viewed in a constant size')
+    for name in others:
+        layer = self.layers[name]
+        if torch.isin(root[torch.cat([layer.reads, layer.writes])], answer).any(): found.append(name)
+    for path, ids in self.tensors.items():
+        touched, dims = torch.isin(root[ids], answer), varying(ids)
+        if touched.any() and (len(dims) > 1 or ids.numel() != len(answer)): found.append(path)
+    return found[0] if found else ''
 
 # %% ../../nbs/04_channels/03_rules.ipynb #5a9365ba
 def unknown(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> Any:
@@ -158,10 +212,10 @@ def unknown(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> 
         tracker.needed |= activation.mask_layers
     return _pinned(tracker, tracker.env[node], f'{name} writes it')
 
-def _pinned(tracker: ChannelTracker, value: Any, reason: str) -> Any:
-    "Activations of which nothing is known, in the shapes of `value`."
-    if isinstance(value, (list, tuple)): return [_pinned(tracker, v, reason) for v in value]
-    if not isinstance(value, Tensor): return None
+def _pinned(tracker: ChannelTracker, value: Any, reason: str, least: int = 0) -> Any:
+    "Activations of which nothing is known, in the shapes of `value`; `least` values in each."
+    if isinstance(value, (list, tuple)): return [_pinned(tracker, v, reason, least) for v in value]
+    if not isinstance(value, Tensor) or value.numel() < least: return None
     ids = tracker.groups.new(1)
     tracker.groups.pin(ids, reason)
     return Activation(ids.view([1] * value.ndim).expand(value.shape))
@@ -177,26 +231,158 @@ def follow(self: ChannelTracker, node: fx.Node) -> Any:
     "The activation of an operation's result."
     if node.op == 'placeholder': return self.start(node)
     if node.op == 'output': return self.finish(node)
-    if node.op == 'get_attr' or not _has_tensors(self.env[node]): return None
-    if not any(self.is_activation(n) for n in node.all_input_nodes): return None
+    if node.op == 'get_attr': return None
+    if not _has_tensors(self.env[node]): return self.count(node)
     layer = self.submodules[node.target] if node.op == 'call_module' else None
     key = node.target if layer is None else known_class(type(layer), RULES)
-    return (RULES.get(key) or RULES.get(full_name(key)) or unknown)(self, node, layer)
+    found = RULES.get(key) or RULES.get(full_name(key)) or unknown
+    if found is not RULES.get('view'): self.pin_counted(node)
+    if any(self.is_activation(n) for n in node.all_input_nodes): return found(self, node, layer)
+    if node.target in SAME_VALUES or node.op == 'call_module': return None
+    return _pinned(self, self.env[node], f'{node.name} writes it', least=2)
+
+SAME_VALUES = (torch.zeros, torch.ones, torch.full)     # they make tensors of one number
 
 def _has_tensors(value: Any) -> bool:
     if isinstance(value, (tuple, list)): return any(_has_tensors(v) for v in value)
     return isinstance(value, Tensor)
 
+# %% ../../nbs/04_channels/03_rules.ipynb #31188da8
+@patch
+def pin_own_weights(self: ChannelTracker) -> None:
+    "Pin the channels of layers whose tensors something else reads."
+    read = {path: f'{path} is read by itself' for path in self.tensors}
+    for path, reason in (read | self.counted_tensors).items():
+        name = path.rpartition('.')[0]
+        layer = self.layers.get(name)
+        found = [] if layer is None or name in self.folded else [layer.reads, layer.writes]
+        if path in self.counted_tensors: found.append(self.tensors.get(path))
+        for ids in found:
+            if ids is not None: self.groups.pin(ids, reason)
+
+# %% ../../nbs/04_channels/03_rules.ipynb #5dda1366
+def layers_run(
+    model: nn.Module, # in the mode to look at
+    x: Tensor, # an input that it accepts
+) -> set[str]: # paths of layers
+    "The layers that run."
+    found: set[str] = set()
+    listening = [layer.register_forward_pre_hook(lambda layer, args, name=name: found.add(name))
+                 for name, layer in model.named_modules()]
+    try:
+        with torch.no_grad(): model(x)
+    finally:
+        for hook in listening: hook.remove()
+    return found
+
+# %% ../../nbs/04_channels/03_rules.ipynb #d3b70c1f
+@patch
+def unused_layers(self: ChannelTracker) -> list[str]: # paths
+    "Layers with parameters that do not run in use: only a network with some can have a side exit."
+    nodes = [n for n in self.graph.nodes if n.op in ('call_module', 'get_attr')]
+    used = {n.target if n.op == 'call_module' else n.target.rpartition('.')[0] for n in nodes}
+    inside = tuple(f'{name}.' for name in used)
+    return [name for name, layer in self.module.named_modules()
+            if any(p is not None for p in layer._parameters.values())
+            and name not in used and not name.startswith(inside)]
+
+@patch
+def side_layers(self: ChannelTracker) -> list[str]:
+    "Layers that run in training only. Raises `ValueError` for a network that training cannot run."
+    name, sizes = type(self.original).__name__, tuple(self.example.shape[1:])
+    tried = [(self.module, self.images(2).to('meta')), (self.original, self.images(2))]
+    for n, (model, x) in enumerate(tried):
+        copied = deepcopy(model)
+        try: return sorted(layers_run(copied.train(), x) - layers_run(copied.eval(), x))
+        except Exception as e:
+            if n == 0: continue         # it needs values
+            raise ValueError(f"{name} runs in use, but not in training, with images of size {sizes}: "
+                             f"{e}; pass a larger example_input, or switch side exits off "
+                             "(aux_logits=False)") from e
+    return []
+
+@patch
+def pin_side_exits(self: ChannelTracker) -> None:
+    "Pin the channels that layers of a side exit read or write."
+    side = self.side_layers() if not self.module.training and self.unused_layers() else []
+    if not side: return
+    name = type(self.original).__name__
+    try: training = ChannelTracker(self.original, self.example, training=True)
+    except ValueError as e:
+        raise ValueError(f"{name}: {side[0]} runs in training only, and the network cannot be traced "
+                         "in training; switch side exits off (aux_logits=False)") from e
+    training.groups, training.tensors = self.groups, self.tensors
+    training.layers = {n: replace(layer) for n, layer in self.layers.items()}
+    training.walk()
+    for n in training.layers.keys() - self.layers.keys():
+        layer = training.layers[n]
+        for ids in (layer.reads, layer.writes):
+            if ids is not None: self.groups.pin(ids, f'{n} runs in training only')
+
+# %% ../../nbs/04_channels/03_rules.ipynb #056a52ed
+@patch
+def count(self: ChannelTracker, node: fx.Node) -> None:
+    "Note the channels that a number counts."
+    source = node.args[0] if node.args else None
+    own = isinstance(source, fx.Node) and source.op == 'get_attr'       # a parameter
+    whole = source.target if own else self.activation(source)
+    name = node.args[1] if node.target is getattr else node.target
+    if isinstance(whole, (Activation, str)) and name in ('shape', 'size', 'numel', 'nelement'):
+        dims = node.args[1:] if name == 'size' else ()
+        self.sizes[node] = self.counted(whole, dims[0] if dims else slice(None))
+        if name == 'shape' or name == 'size' and not dims: self.shapes[node] = whole
+    elif node.target is operator.getitem and source in self.shapes:
+        self.sizes[node] = self.counted(self.shapes[source], node.args[1])
+    else: self.sizes[node] = [a for n in node.all_input_nodes for a in self.sizes.get(n, [])]
+
+@patch
+def counted(self: ChannelTracker, whole: Activation | str, index: Any) -> list[Activation | str]:
+    "The activation, if some of its sizes depend on its channels; the path of a parameter."
+    if isinstance(whole, str): return [whole]
+    every = list(range(whole.ids.ndim))
+    index = fx.node.map_arg(index, lambda n: self.env[n])
+    dims = every[index] if isinstance(index, (int, slice)) else every
+    several = set(varying(whole.ids)) & set(dims if isinstance(dims, list) else [dims])
+    return [whole] if several else []
+
+@patch
+def pin_decided(self: ChannelTracker, node: fx.Node) -> None:
+    "Pin the channels whose number decided what is run."
+    for a in self.sizes.get(node, []): self.pin_number(a, f'{node.name} decides by their number')
+
+@patch
+def pin_number(self: ChannelTracker, counted: Activation | str, reason: str) -> None:
+    "Pin what was counted; a parameter's channels are known only at the end."
+    if isinstance(counted, str): self.counted_tensors[counted] = reason
+    else: self.groups.pin(counted.ids, reason)
+
+@patch
+def pin_counted(self: ChannelTracker, node: fx.Node) -> None:
+    "Pin the channels whose number an operation reads."
+    for n in node.all_input_nodes:
+        for a in self.sizes.get(n, []): self.pin_number(a, f'{node.name} reads how many they are')
+
 # %% ../../nbs/04_channels/03_rules.ipynb #71b9ed36
 @patch
 def run_node(self: ChannelTracker, n: fx.Node) -> Any:
     "Run one operation, on shapes and on channel numbers."
-    value = self.env[n] = super(ChannelTracker, self).run_node(n)
+    value = self.env[n] = self.compute(n)
     found = self.activations[n] = self.follow(n)
     if found is not None and any(self.env[i] is value for i in n.all_input_nodes):
         for earlier, other in self.env.items():
             if other is value: self.activations[earlier] = found
     return value
+
+@patch
+def compute(self: ChannelTracker, node: fx.Node) -> Any:
+    "The result of an operation without its values. Raises `ValueError` where values are needed."
+    try:
+        with torch.device('meta'): return super(ChannelTracker, self).run_node(node)
+    except (RuntimeError, NotImplementedError, TypeError, IndexError) as e:
+        said = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{node.name}: the size of its result depends on the values that it reads, "
+                         f"so nothing can be cut ({said}); use an operation whose result has a size of "
+                         "its own, such as torch.where") from e
 
 @patch
 def get_attr(self: ChannelTracker, target: str, args: tuple, kwargs: dict) -> Any:
@@ -329,12 +515,29 @@ def need_zeros(self: ChannelTracker,
     if lost: self.groups.pin(activation.ids, reason)
     self.needed |= activation.mask_layers
 
+# %% ../../nbs/04_channels/03_rules.ipynb #033ce5a6
+@patch
+def owner(self: ChannelTracker, node: fx.Node) -> str | None:
+    "The convolution or linear layer whose forward pass ends with this call on its own weight."
+    given = dict(zip(('input', 'weight', 'bias'), node.args)) | node.kwargs
+    weight, bias = given.get('weight'), given.get('bias')
+    if not isinstance(weight, fx.Node) or weight.op != 'get_attr': return None
+    name = weight.target.rpartition('.')[0]
+    kind = nn.Conv2d if 'conv' in node.target.__name__ else nn.Linear
+    own = [f'{name}.weight', f'{name}.bias']
+    read = [n.target for n in (weight, bias) if isinstance(n, fx.Node)]
+    ends = isinstance(self.submodules.get(name), kind) and name in self.ends.get(node, [])
+    return name if ends and read == own[:len(read)] else None
+
 # %% ../../nbs/04_channels/03_rules.ipynb #789b3c4a
-@rule(nn.Conv2d, nn.Linear)
-def write(tracker: ChannelTracker, node: fx.Node, layer: nn.Module) -> Activation:
+@rule(*spellings('conv2d', 'linear'))
+def write(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> Any:
     "A convolution or a linear layer."
-    name, groups = node.target, getattr(layer, 'groups', 1)
-    activation = tracker.inputs(node)[0]
+    name = node.target if layer is not None else tracker.owner(node)
+    activation = tracker.activation(node.args[0])
+    if name is None or not isinstance(activation, Activation): return unknown(tracker, node, layer)
+    tracker.calls[node], layer = name, tracker.submodules[name]
+    groups = getattr(layer, 'groups', 1)
     dim = 1 if isinstance(layer, nn.Conv2d) else -1
     reads = tracker.channel_ids(activation, dim, name)
     mixes = groups == 1 or groups < len(reads)
@@ -373,8 +576,8 @@ def assign_norm(self: ChannelTracker,
     before = node.all_input_nodes[0]
     readers = [n for n in before.users if reads_values(n)]
     owner = None
-    if before.op == 'call_module' and before.target in activation.mask_layers and len(readers) == 1:
-        owner = before.target
+    if self.calls.get(before) in activation.mask_layers and len(readers) == 1:
+        owner = self.calls[before]
         if self.layers[owner].reads is not None:
             self.layers[owner].norm = norm
             self.owners[norm] = owner
@@ -383,12 +586,17 @@ def assign_norm(self: ChannelTracker,
         layer.renormalised_by = layer.renormalised_by or norm
 
 # %% ../../nbs/04_channels/03_rules.ipynb #5234820c
-NORMS = (nn.BatchNorm2d,)       # norms that treat each channel by itself
+_KINDS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+NORMS = tuple(c for name, c in vars(nn).items()             # each channel by itself
+              if isinstance(c, type) and issubclass(c, _KINDS) and not name.startswith('Lazy'))
 
 @rule(*NORMS)
-def normalise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module) -> Activation:
-    "A batch norm."
-    name, [activation] = node.target, tracker.inputs(node)
+def normalise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module) -> Any:
+    "A batch norm or an instance norm."
+    name, activation = node.target, tracker.activation(node.args[0])
+    images = isinstance(activation, Activation) and activation.ids.ndim > 1
+    if not images or activation.ids.shape[1] != layer.num_features: return unknown(tracker, node, layer)
+    tracker.calls[node] = name
     ids = tracker.channel_ids(activation, 1, name)
     if name not in tracker.layers: tracker.layers[name] = ChannelLayer(None, ids)
     else:
@@ -410,6 +618,7 @@ def normalise_function(tracker: ChannelTracker, node: fx.Node, layer: None) -> A
         return Activation(tracker.spread(ids, 1, node))
     tracker.layers.setdefault(name, ChannelLayer(None, ids))
     tracker.folded.add(name)
+    tracker.calls[node] = name
     tracker.assign_norm(node, activation, name)
     return Activation(tracker.spread(ids, 1, node), frozenset([name]))
 
@@ -436,30 +645,67 @@ def keeps_zeros(self: ChannelTracker,
     shape: tuple[int, ...], # to try it on
 ) -> bool:
     "Does this operation turn zeros into zeros?"
-    args, kwargs = self.fetch_args_kwargs_from_env(node)
-    if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())): return False
-    zeros = self.example.new_zeros(shape)
+    def zeros(n: fx.Node) -> Any:
+        value = self.env[n]
+        if not isinstance(value, Tensor): return value
+        return torch.zeros(shape, dtype=value.dtype, device=self.example.device) if self.is_activation(n) else None
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), zeros)
+    numbers = [n for n in node.all_input_nodes if not self.is_activation(n)]
+    if any(isinstance(self.env[n], Tensor) for n in numbers): return False      # of unknown value
     if node.op == 'call_module':
-        with evaluating(self.original.get_submodule(node.target)) as layer: result = layer(zeros)
-    elif node.op == 'call_method': result = getattr(zeros, node.target)(*args[1:], **kwargs)
-    else: result = node.target(zeros, *args[1:], **kwargs)
+        with evaluating(self.original.get_submodule(node.target)) as layer: result = layer(*args)
+    elif node.op == 'call_method': result = getattr(args[0], node.target)(*args[1:], **kwargs)
+    else: result = node.target(*args, **kwargs)
     return bool((result == 0).all())
+
+# %% ../../nbs/04_channels/03_rules.ipynb #da2a505e
+def pointwise() -> list[str]: # names of functions, methods or layers
+    "PyTorch's functions of each number by itself, by the marks that it puts on its operators."
+    names = {n for place in (torch, F, Tensor) for n in vars(place) if n[0] != '_' and n[-1] != '_'}
+    return sorted(n for n in names if _is_pointwise(getattr(torch.ops.aten, n, None)))
+
+def _is_pointwise(operator: Any) -> bool: # of ATen; one of its variants may do more (`max`)
+    names = getattr(operator, 'overloads', list)()
+    return any(torch.Tag.pointwise in getattr(operator, name).tags for name in names)
 
 # %% ../../nbs/04_channels/03_rules.ipynb #d250ea14
 ONE_NUMBER = spellings(*'''
     relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid logsigmoid tanh softplus softsign
     hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink threshold
     clamp clamp_min clamp_max clip exp neg negative abs sqrt square pow
-    dropout dropout1d dropout2d alpha_dropout'''.split())
+    dropout dropout1d dropout2d alpha_dropout zeros_like ones_like full_like'''.split())
 
 STOCHASTIC_DEPTH = 'torchvision.ops.stochastic_depth.stochastic_depth'  # takes seconds to import
 
-@rule(*ONE_NUMBER, STOCHASTIC_DEPTH)
+MARKED = [key for name in pointwise() for key in spellings(name)]
+
+@rule(*MARKED, *ONE_NUMBER, STOCHASTIC_DEPTH)
 def elementwise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> Any:
     "A function of one number."
-    activation = tracker.activation(node.args[0])
-    if activation is None or len(tracker.inputs(node)) > 1: return unknown(tracker, node, layer)
+    activation, read = tracker.activation(node.args[0]), tracker.inputs(node)
+    one = isinstance(activation, Activation) and isinstance(tracker.env[node], Tensor)
+    if len(read) > 1: return of_several(tracker, node, layer, read)
+    if not one or activation.ids.shape != tracker.env[node].shape: return unknown(tracker, node, layer)
     return _if_zeros_stay(tracker, node, layer, activation.ids, (1, 1, 1, 1))
+
+def of_several(
+    tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None,
+    read: list[Activation], # what it reads, each by itself
+) -> Any:
+    "A function of several numbers: their channels are coupled."
+    result = tracker.env[node]
+    arguments = [n for n in node.all_input_nodes if tracker.is_activation(n)]
+    marked = node.target in MARKED and len(arguments) == len(read) and isinstance(result, Tensor)
+    if not marked: return unknown(tracker, node, layer)
+    flat = [compact(a.ids[(None,) * (result.ndim - a.ids.ndim)]) for a in read]
+    several = {d for ids in flat for d in varying(ids)}
+    if any(repeats(ids, sorted(several), result.ndim) for ids in flat): return unknown(tracker, node, layer)
+    for ids in flat[1:]: tracker.groups.couple(flat[0], ids)
+    lost = next((a.zeros_lost_at for a in read if a.zeros_lost_at), '')
+    if not lost and not tracker.keeps_zeros(node, (1,) * result.ndim): lost = node.name
+    ids = torch.broadcast_tensors(*flat)[0].expand(result.shape)
+    return Activation(ids, frozenset().union(*(a.mask_layers for a in read)), lost)
 
 def _if_zeros_stay(
     tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None,
@@ -516,18 +762,21 @@ def with_number(
 ) -> Activation:
     "An activation and a number: nothing is coupled."
     lost = activation.zeros_lost_at
+    if any(isinstance(a, (int, float)) and a == 0 for a in operands(node)): neutral = True
     if not lost and not neutral: lost = node.name
     return Activation(activation.ids.expand(tracker.env[node].shape), activation.mask_layers, lost)
 
 # %% ../../nbs/04_channels/03_rules.ipynb #a9759c2e
-def operands(node: fx.Node) -> tuple[Any, Any]:
-    "The two arguments of a sum, product or quotient."
-    return node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs['other']
+def operands(node: fx.Node) -> tuple[Any, ...]:
+    "The two arguments of a sum, product or quotient; some functions call them otherwise."
+    both = [*node.args, *(v for k, v in node.kwargs.items() if k not in ('alpha', 'out', 'rounding_mode'))]
+    return tuple(both[:2])
 
 def combine(tracker: ChannelTracker, node: fx.Node, kind: str) -> Any:
     "A sum, product or quotient of two."
     first, second = operands(node)
     left, right = tracker.activation(first), tracker.activation(second)
+    if isinstance(left, list) or isinstance(right, list): return unknown(tracker, node, None)
     if left is None: return with_number(tracker, node, right, kind == 'product')
     if right is None: return with_number(tracker, node, left, kind != 'sum')
     ids, repeated = tracker.match(left, right, node)

@@ -5,7 +5,8 @@
 # %% ../../nbs/04_channels/01_trace.ipynb #d2fc395e
 from __future__ import annotations
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from copy import deepcopy
 from typing import Any
 import torch
 from fastcore.basics import patch
@@ -31,21 +32,70 @@ class Tracer(fx.Tracer):
     "Records operations, and which layers' calls ended in each of them."
     def __init__(self,
         known: Container[type] = (), # classes of layers that are one operation, beside PyTorch's
+        example: Tensor | None = None, # an input: sizes have the values that it gives them
     ) -> None:
         super().__init__()
         self.known = known
+        self.example = example
         self.ends: dict[fx.Node, list[str]] = {}    # operation -> layers that end there
+        self.decisions: set[fx.Node] = set()        # sizes that chose the operations behind them
+        self.values: dict[fx.Node, Any] = {}        # results, without the values of tensors
+        self.computing = False                      # are such results computed just now?
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = known_class(type(m), self.known) is not None
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.computing: return forward(*args, **kwargs)
         if m not in self.submodule_paths: return self.made_in_forward(m, forward, args, kwargs)
         out = super().call_module(m, forward, args, kwargs)
         if isinstance(out, fx.Proxy):
             self.ends.setdefault(out.node, []).append(self.path_of_module(m))
         return out
+
+# %% ../../nbs/04_channels/01_trace.ipynb #3e716b22
+@patch
+def value(self: Tracer, node: fx.Node) -> Any:
+    "The result of an operation for the example. Raises `TraceError` where it depends on values."
+    if self.example is None: raise fx.proxy.TraceError(BRANCHES)
+    if not self.values:
+        tensors = [*self.root.parameters(), *self.root.buffers()]
+        weightless = deepcopy(self.root, {id(t): t.detach().to('meta') for t in tensors})
+        self.runner = fx.Interpreter(weightless, graph=self.graph)
+    env = self.runner.env = self.values
+    self.computing = True           # layers are called, not recorded
+    with torch.no_grad(), torch.device('meta'):
+        for n in self.graph.nodes:
+            if n in env: continue
+            env[n] = self.example.to('meta') if n.op == 'placeholder' else _run(self.runner, n)
+    self.computing = False
+    if isinstance(env[node], Exception): raise fx.proxy.TraceError(BRANCHES) from env[node]
+    return env[node]
+
+BRANCHES = 'symbolically traced variables cannot be used as inputs to control flow'
+
+def _run(runner: fx.Interpreter, node: fx.Node) -> Any: # its result, or the error
+    try:
+        value = runner.run_node(node)
+        return value.to('meta') if isinstance(value, Tensor) else value
+    except Exception as e: return e     # it is asked for by nobody, or refused where it is
+
+# %% ../../nbs/04_channels/01_trace.ipynb #f9db39ce
+@patch
+def decided(self: Tracer, proxy: fx.Proxy) -> Any: # a number, a flag, a tuple, ...
+    "What the forward pass asks a result for. Raises `TraceError` for the values of a tensor."
+    value = self.value(proxy.node)
+    if isinstance(value, Tensor): raise fx.proxy.TraceError(BRANCHES)
+    self.decisions.add(proxy.node)
+    return value
+
+@patch
+def to_bool(self: Tracer, obj: fx.Proxy) -> bool: return bool(self.decided(obj))
+
+@patch
+def iter(self: Tracer, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+    return (obj[i] for i in range(len(self.decided(obj))))
 
 # %% ../../nbs/04_channels/01_trace.ipynb #551dbf80
 class NotInNetwork(ValueError):
@@ -83,11 +133,12 @@ def in_place(
 
 def tidy_(
     graph: fx.Graph, # changed
+    keep: Container[fx.Node] = (), # operations that stay though nobody reads them
 ) -> fx.Graph: # the same one
     "Take out what nobody reads; first arguments stand first."
     first = next(iter(graph.nodes))
     for node in reversed(graph.nodes):
-        needed = node is first or node.users or node.op in ('output', 'call_module')
+        needed = node is first or node.users or node.op in ('output', 'call_module') or node in keep
         if not needed and not in_place(node): graph.erase_node(node)
     for node in graph.nodes:
         if node.op == 'call_function' and not node.args: _by_place(node)
@@ -135,13 +186,13 @@ UNTRACEABLE = (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError
 def _traced(
     model: nn.Module, # any network
     known: Container[type] = (), # classes of layers that are one operation
-) -> tuple[fx.Graph, dict[fx.Node, list[str]]]:
-    "A network's operations as it runs in eval mode, and the layers that end in them."
-    tracer = Tracer(known)
+    example: Tensor | None = None, # an input that it accepts
+) -> tuple[fx.Graph, Tracer]: # operations in running order; who recorded them
+    "A network's operations in the mode that it is in."
+    tracer = Tracer(known, example)
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    try:
-        with evaluating(model): return tidy_(tracer.trace(model, defaults or None)), tracer.ends
+    try: return tracer.trace(model, defaults or None), tracer
     except NotInNetwork: raise
     except UNTRACEABLE as e:
         raise ValueError(
@@ -157,9 +208,10 @@ def _inside(tracer: Tracer) -> str:
 # %% ../../nbs/04_channels/01_trace.ipynb #d3fd91c2
 def trace(
     model: nn.Module, # any network whose forward pass takes one batch of images
+    example: Tensor | None = None, # an input that it accepts, where sizes decide what it does
 ) -> fx.Graph: # its operations as it runs in eval mode, in running order
     "Trace a network. Raises `ValueError` for a forward pass that depends on its data."
-    return _traced(model)[0]
+    with evaluating(model): return tidy_(_traced(model, example=example)[0])
 
 # %% ../../nbs/04_channels/01_trace.ipynb #8b9b15ba
 def input_channels(

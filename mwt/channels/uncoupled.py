@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from .cut import _cut_layer, _cut_tensor
 from .groups import Activation, varying
-from .rules import NORMS, ChannelTracker
+from .rules import ChannelTracker
 
 # %% auto #0
 __all__ = []
@@ -47,8 +47,9 @@ class ActivationCut:
         if stays is not None: self.pinned[self.root[stays]] = True
 
     def layer(self, node: fx.Node) -> nn.Module | None:
-        "The layer that an operation calls, if it calls one."
-        return self.model.get_submodule(node.target) if node.op == 'call_module' else None
+        "The layer that an operation calls, or that has its weight and ends with it."
+        name = node.target if node.op == 'call_module' else self.tracker.calls.get(node)
+        return None if name is None else self.model.get_submodule(name)
 
     def nothing(self) -> Tensor: # (roots,) boolean, all off
         return torch.zeros(len(self.root), dtype=torch.bool)
@@ -75,7 +76,7 @@ class ActivationCut:
 @patch
 def writes(self: ActivationCut, node: fx.Node) -> bool:
     "Does this operation mix channels, so that its results are channels of their own?"
-    layer = self.tracker.layers.get(node.target) if node.op == 'call_module' else None
+    layer = self.tracker.layers.get(self.tracker.calls.get(node))
     if layer is not None: return layer.reads is not None and not self.grouped(node)
     if node not in self.flows: return False         # it is asked for its shape, or the like
     before = self.inputs(node)
@@ -96,8 +97,11 @@ def find_pinned(self: ActivationCut) -> Tensor: # (roots,) boolean
     "Channels that no mask may drop."
     pinned = self.nothing()
     for number in self.tracker.groups.reasons(): pinned[self.root[number]] = True
+    functions = {name for node, name in self.tracker.calls.items() if node.op != 'call_module'}
     for name, layer in self.tracker.layers.items():
-        if layer.calls == 1: continue           # a layer that runs twice cannot be cut in two ways
+        # one that runs twice cannot be cut in two ways; a function's number of groups is fixed
+        fixed = name in functions and getattr(self.model.get_submodule(name), 'groups', 1) > 1
+        if layer.calls == 1 and not fixed: continue
         for ids in (layer.reads, layer.writes):
             if ids is not None: pinned[self.root[ids]] = True
     return pinned
@@ -106,7 +110,8 @@ def find_pinned(self: ActivationCut) -> Tensor: # (roots,) boolean
 def loses_zeros(self: ActivationCut, node: fx.Node) -> bool:
     "Does this operation turn zeros into something else?"
     layer, flow = self.layer(node), self.flows[node]
-    if isinstance(layer, NORMS): return True
+    known = self.tracker.layers.get(self.tracker.calls.get(node))
+    if known is not None and known.reads is None: return True       # a norm
     if self.grouped(node) and layer.bias is not None: return True
     if isinstance(flow, list) or not flow.zeros_lost_at: return False
     before = [self.flows[n] for n in self.inputs(node)]
@@ -255,13 +260,14 @@ def slice_(self: ActivationCut,
 ) -> None:
     "Cut the weights that an operation uses, if it uses any."
     if node.op == 'get_attr': return self.slice_tensor_(net, node.target, there[node])
-    if node.op != 'call_module' or node.target not in self.tracker.layers: return
-    layer = self.tracker.layers[node.target]
-    [source] = self.inputs(node)
+    name = self.tracker.calls.get(node)
+    if name is None or name in self.tracker.folded: return
+    layer = self.tracker.layers[name]
+    source = self.inputs(node)[0]
     inputs = there[node] if self.grouped(node) else there[source]
     reads = None if layer.reads is None else inputs[self.root[layer.reads]]
     writes = there[node][self.root[layer.writes]]
-    _cut_layer(net.get_submodule(node.target), reads, writes)
+    _cut_layer(net.get_submodule(name), reads, writes)
 
 @patch
 def slice_tensor_(self: ActivationCut, net: nn.Module, path: str, there: Tensor) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
@@ -96,7 +96,7 @@ class ImageFile:
     label: int # index of its class
     bytes: int # size of the file
     changed: int # when its content was last changed, in nanoseconds
-    moved: int = 0 # when it was last changed, renamed or replaced, in nanoseconds
+    moved: int = field(default=0, repr=False) # when it was last changed or renamed, likewise
 
 def _image_file(
     entry: os.DirEntry, # an image
@@ -445,7 +445,8 @@ def _eight_bit(
     if image.mode[0] in 'IF': return _to_bytes(image, depth, white)
     if depth.kind: _check_upper_bytes(image, depth, white)
     if _is_transparent(image): return _on_white(image)
-    return image.convert('L' if _is_grey(image) else 'RGB')
+    mode = 'L' if _is_grey(image) else 'RGB'
+    return image.convert(mode)
 
 # %% ../../nbs/02_data/03_folders.ipynb #74d7e13a
 def read_image(
@@ -678,6 +679,18 @@ def broken_images(
     return broken
 
 # %% ../../nbs/02_data/03_folders.ipynb #4f65ae48
+def _check_none_emptied(
+    folder: str | Path, # named in the error
+    before: Sequence[ImageFile], # all files
+    after: Sequence[ImageFile], # those that are left
+) -> None:
+    "Raises `ValueError` for a class folder of which nothing is left."
+    folders = [{os.path.dirname(f.path) for f in files} for files in (before, after)]
+    emptied = sorted(folders[0] - folders[1])
+    if emptied:
+        raise ValueError(f"{folder}: all images in {emptied[0]} are broken; replace them, "
+                         "or remove the folder")
+
 def without_broken(
     folder: str | Path, # the images' folder
     listing: Mapping[str, list[ImageFile]], # the files of each split
@@ -696,7 +709,9 @@ def without_broken(
         warnings.warn(f"{folder}: {len(lost)} of {len(files)} images are broken and skipped: "
                       f"{names}{more}")
     gone = set(lost)
-    return {split: [f for f in found if f.path not in gone] for split, found in listing.items()}
+    kept = {split: [f for f in found if f.path not in gone] for split, found in listing.items()}
+    _check_none_emptied(folder, files, [f for found in kept.values() for f in found])
+    return kept
 
 # %% ../../nbs/02_data/03_folders.ipynb #20f3df60
 def _content(

@@ -17,6 +17,7 @@ from ..core.accepted import check_can_be_cut, check_hooks, check_is_network
 from ..core.nets import copy_of, evaluating, freeze_as_, head_size, logits_of, trainable, untouched
 from ..core.signature import Signature, Signed, signature_of
 from ..channels.trace import find_example
+from ..channels.description import check_stored
 from ..channels.mapping import ChannelMap, map_channels
 from .base import Method, describe_method, make_method
 from .points import mask_points
@@ -257,6 +258,7 @@ def modularize(
     example = find_example(net, example_input)
     check_hooks(net, example)
     channels = map_channels(net, example)
+    check_stored(net, example)
     _check_head(net, channels, n_classes)
     channels = choose_layers(channels, method, _excluded(net, channels, filter_fn))
     with seeded(seed): made = ModularModel(net, method, channels, example)

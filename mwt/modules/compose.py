@@ -12,7 +12,8 @@ from torch import nn
 from ..core.nets import device_of, freeze_as_, trainable
 from ..core.signature import weights_of
 from ..data.batches import ImageData
-from .module import SlimModule, describe_layer, renamed
+from ..channels.description import describe_layer
+from .module import SlimModule, renamed
 from ..train.fit import fit
 
 # %% auto #0

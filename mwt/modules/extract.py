@@ -11,6 +11,7 @@ from ..core.checks import check_range
 from ..core.accepted import check_is_network, check_unwrapped
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
 from ..core.signature import normalise, signature_of
+from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
 from ..methods.modular import ModularModel, fixed_masks
 from .module import SlimModule, as_module
@@ -19,20 +20,6 @@ from .speed import fold_norms, joining_order, round_masks
 
 # %% auto #0
 __all__ = ['extract']
-
-# %% ../../nbs/08_modules/06_extract.ipynb #4c7c0ed4
-@torch.no_grad()
-def keep_outputs_(
-    net: nn.Module, # changed in place
-    head: str, # path of its last layer
-    rows: list[int], # the outputs to keep, in this order
-) -> None:
-    "Keep some outputs of a network."
-    layer = net.get_submodule(head)
-    layer.weight = nn.Parameter(layer.weight[rows].clone())
-    if layer.bias is not None: layer.bias = nn.Parameter(layer.bias[rows].clone())
-    outputs = 'out_features' if isinstance(layer, nn.Linear) else 'out_channels'
-    setattr(layer, outputs, len(rows))
 
 # %% ../../nbs/08_modules/06_extract.ipynb #e0b3b566
 def _check_parts(model: ModularModel, parts: Parts) -> None:
@@ -126,6 +113,7 @@ def masked_logits(
     try:
         with evaluating(model), fixed_masks(model, masks): logits = model(x)
     finally: listening.remove()
+    if not features: return logits[:, rows], logits.abs().max()     # a trace has opened the head
     return logits[:, rows], own_scale(logits, head, features[0])
 
 # %% ../../nbs/08_modules/06_extract.ipynb #238d7e79
@@ -143,7 +131,7 @@ def extract(
     masks = _masks_to_keep(model, parts, rows, round_to)
     slim = model.cut(masks)
     flags = trainable(slim)
-    keep_outputs_(slim, model.head, rows)
+    keep_answers_(slim, model.channels, rows)
     names = [parts.classes[r] for r in rows]
     known = signature_of(model) or parts.signature
     module = as_module(slim, names, model.input_shape, _cost(model), known)

@@ -4,182 +4,24 @@
 
 # %% ../../nbs/08_modules/04_module.ipynb #a155ea15
 from __future__ import annotations
-import inspect
-import operator
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from ..core.files import load_tensors, save_tensors
 from ..core.nets import device_of
 from ..core.signature import Signature, Signed, normalise, weights_of
-from ..channels.rules import RULES, STOCHASTIC_DEPTH, full_name
-from ..channels.trace import trace
+from ..channels.description import (
+    decode, describe_steps, layers_and_tensors, make_layer, tensor_at)
+from ..channels.operations import ATTRIBUTES, DTYPES, FUNCTIONS, METHOD_NAMES
 
 # %% auto #0
 __all__ = ['SlimModule', 'save_module', 'load_module']
-
-# %% ../../nbs/08_modules/04_module.ipynb #f3d0dc36
-LAYERS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
-    nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm,
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softmax,
-    nn.LogSoftmax, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle, nn.ChannelShuffle)}
-
-for kind in RULES:      # whatever channels are followed through can be stored
-    if isinstance(kind, type) and getattr(nn, kind.__name__, None) is kind: LAYERS[kind.__name__] = kind
-
-# %% ../../nbs/08_modules/04_module.ipynb #97c95455
-def _named(
-    prefix: str, # what files call the place
-    place: Any, # where the functions are
-    names: str, # of the functions, with spaces between
-) -> dict[str, Callable]:
-    "Functions under the names that files use."
-    return {f'{prefix}.{name}': getattr(place, name) for name in names.split()}
-
-def _followed(
-    prefix: str, # what files call the place
-    place: Any, # where the functions are
-) -> dict[str, Callable]:
-    "The functions of a place that channels are followed through, under the names that files use."
-    found = {}
-    for name, function in vars(place).items():
-        listed = isinstance(function, Hashable) and function in RULES
-        if listed and callable(function) and name[0] != '_': found[f'{prefix}.{name}'] = function
-    return found
-
-# %% ../../nbs/08_modules/04_module.ipynb #99be756a
-def _stochastic_depth(*args: Any, **kwargs: Any) -> Tensor:
-    "That of torchvision, which takes seconds to import and which few networks use."
-    from torchvision.ops import stochastic_depth
-    return stochastic_depth(*args, **kwargs)
-
-FUNCTIONS: dict[str, Callable] = {
-    **_followed('operator', operator), **_followed('torch', torch), **_followed('F', F),
-    **_named('operator', operator,
-             'add iadd sub isub mul imul truediv floordiv mod neg pow getitem'),
-    **_named('torch', torch,
-             'add sub mul div cat concat stack flatten reshape permute transpose squeeze '
-             'unsqueeze chunk split mean sum amax relu sigmoid tanh softmax clamp exp sqrt rsqrt '
-             'pow matmul abs neg square clone movedim swapaxes unbind'),
-    **_named('F', F,
-             'relu relu6 leaky_relu elu gelu silu mish hardtanh hardswish hardsigmoid softplus '
-             'sigmoid tanh softmax log_softmax dropout conv2d linear batch_norm layer_norm '
-             'group_norm max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d pad '
-             'interpolate normalize'),
-    'stochastic_depth': _stochastic_depth}
-
-METHOD_NAMES: frozenset[str] = frozenset((
-    'add add_ sub sub_ mul mul_ div div_ view reshape flatten permute transpose contiguous '
-    'squeeze unsqueeze chunk split mean sum amax size dim relu relu_ sigmoid sigmoid_ tanh '
-    'softmax clamp clamp_ expand expand_as pow sqrt exp abs neg square clone movedim swapaxes '
-    'unbind float').split()) | {
-    name for name in RULES if isinstance(name, str) and name.isidentifier()}
-
-ATTRIBUTES = ('shape', 'ndim')          # of a tensor
-
-# %% ../../nbs/08_modules/04_module.ipynb #ebb5f53d
-def encode(
-    value: Any, # an argument of an operation
-) -> Any: # the same, JSON-able
-    "Say an argument in JSON. Raises `ValueError` for one that cannot be said."
-    if value is None or isinstance(value, (bool, int, float, str)): return value
-    if value is Ellipsis: return {'is': '...'}
-    if isinstance(value, fx.Node): return {'step': value.name}
-    if isinstance(value, tuple): return {'tuple': [encode(v) for v in value]}
-    if isinstance(value, list): return [encode(v) for v in value]
-    if isinstance(value, slice):
-        return {'slice': [encode(v) for v in (value.start, value.stop, value.step)]}
-    kind = type(value).__name__
-    raise ValueError(f'an argument {value!r} of type {kind} cannot be stored in a module')
-
-# %% ../../nbs/08_modules/04_module.ipynb #56bbb9a1
-def decode(
-    value: Any, # what `encode` made
-    results: Mapping[str, Any], # of earlier steps, by name
-) -> Any: # the argument
-    "The argument behind its JSON form. Raises `ValueError` for an unknown kind."
-    if isinstance(value, list): return [decode(v, results) for v in value]
-    if not isinstance(value, dict): return value
-    [(kind, content)] = value.items()
-    if kind == 'step': return results[content]
-    if kind == 'tuple': return tuple(decode(v, results) for v in content)
-    if kind == 'slice': return slice(*[decode(v, results) for v in content])
-    if kind == 'is': return Ellipsis
-    raise ValueError(f"a module file names an argument of kind {kind!r}, "
-                     "which this version of mwt does not know")
-
-# %% ../../nbs/08_modules/04_module.ipynb #8ae5e27f
-def describe_layer(
-    name: str, # path of the layer, for errors
-    layer: nn.Module, # a layer of PyTorch
-) -> dict[str, Any]: # its type and constructor arguments, JSON-able
-    "How to make a layer like this one. Raises `ValueError` for a type that files cannot hold."
-    kind = type(layer).__name__
-    if LAYERS.get(kind) is not type(layer):
-        raise ValueError(f"{name}: a layer of type {type(layer).__module__}.{kind} cannot be "
-                         "stored in a module; write it with the layers of torch.nn "
-                         f"(known: {', '.join(LAYERS)})")
-    names = [n for n in inspect.signature(type(layer)).parameters if n not in ('device', 'dtype')]
-    values = {n: getattr(layer, n) for n in names if hasattr(layer, n)}
-    if 'bias' in values: values['bias'] = values['bias'] is not None    # a flag, not the weights
-    return dict(type=kind, **{n: encode(v) for n, v in values.items()})
-
-# %% ../../nbs/08_modules/04_module.ipynb #245ffda2
-def make_layer(
-    name: str, # path of the layer, for errors
-    description: Mapping[str, Any], # from `describe_layer`
-) -> nn.Module: # a new layer, with weights of its own
-    "The layer that a description names. Raises `ValueError` for an unknown type."
-    if description.get('type') not in LAYERS:
-        raise ValueError(f"{name}: unknown layer type {description.get('type')!r}")
-    arguments = {k: decode(v, {}) for k, v in description.items() if k != 'type'}
-    return LAYERS[description['type']](**arguments)
-
-# %% ../../nbs/08_modules/04_module.ipynb #1ce56cbd
-def _operation(
-    node: fx.Node, # of a trace
-) -> tuple[str, str]: # input, output, layer, tensor, method, function or attribute; and its name
-    "The kind of an operation, and what it calls; two empty strings for an unknown one."
-    if node.op == 'placeholder': return 'input', ''
-    if node.op == 'output': return 'output', ''
-    if node.op == 'call_module': return 'layer', node.target
-    if node.op == 'get_attr': return 'tensor', node.target
-    if node.op == 'call_method' and node.target in METHOD_NAMES: return 'method', node.target
-    if node.target is getattr and node.args[1] in ATTRIBUTES: return 'attribute', node.args[1]
-    if full_name(node.target) == STOCHASTIC_DEPTH: return 'function', 'stochastic_depth'
-    names = [name for name, function in FUNCTIONS.items() if function is node.target]
-    return ('function', names[0]) if names else ('', '')
-
-# %% ../../nbs/08_modules/04_module.ipynb #7065b489
-def describe_step(
-    node: fx.Node, # of a trace
-) -> dict[str, Any]: # JSON-able
-    "One operation. Raises `ValueError` for one that a module file cannot hold."
-    kind, target = _operation(node)
-    if not kind:
-        raise ValueError(f"{node.name}: the operation {node.target} cannot be stored in a module; "
-                         "write this part of the network with layers of torch.nn or common "
-                         "functions of torch")
-    args = node.args[:1] if kind == 'attribute' else node.args
-    kwargs = {k: encode(v) for k, v in node.kwargs.items()}
-    return dict(name=node.name, kind=kind, target=target, args=encode(list(args)), kwargs=kwargs)
-
-# %% ../../nbs/08_modules/04_module.ipynb #cb7771e0
-def describe_steps(
-    model: nn.Module, # a traceable network
-) -> list[dict[str, Any]]: # its operations in running order, JSON-able
-    "What a network does, step by step. Raises `ValueError` for what a module file cannot hold."
-    return [describe_step(node) for node in trace(model).nodes]
 
 # %% ../../nbs/08_modules/04_module.ipynb #5f004a10
 def check_step(
@@ -243,7 +85,9 @@ class SlimModule(Signed):
         self.description = dict(description)
         for name, layer in description['layers'].items(): _put(self, name, make_layer(name, layer))
         for name, tensor in description['tensors'].items():
-            value = torch.empty(tensor['shape'])
+            dtype = DTYPES[tensor.get('dtype', 'float32')]
+            if dtype.is_floating_point: dtype = None        # as that of the layers, until it is loaded
+            value = torch.empty(tensor['shape'], dtype=dtype)
             _put(self, name, nn.Parameter(value) if tensor['parameter'] else value)
         self._steps = ready_steps(description)
 
@@ -379,31 +223,20 @@ def as_module(
     signature: Signature | None = None, # how images were normalised; `None`: as the network takes them
 ) -> SlimModule: # computes the same in eval mode; holds copies of the weights
     "Turn a network into a module. Raises `ValueError` for what a module cannot hold."
-    steps = describe_steps(model)
+    like = next(model.parameters(), torch.zeros(0))
+    example = torch.zeros(2, *input_shape, device=like.device, dtype=like.dtype)
+    steps = describe_steps(model, example)
     about = dict(classes=list(classes), input_shape=list(input_shape), full=full and dict(full))
-    about |= _layers_and_tensors(model, steps) | dict(steps=steps, pixels=False)
-    state = dict(model.state_dict())
+    about |= layers_and_tensors(model, steps) | dict(steps=steps, pixels=False)
+    state = model.state_dict()
+    state |= {name: tensor_at(model, name) for name in about['tensors']}
     if signature is not None and signature.mean is not None:
         about = taking_pixels(about)
-        like = next(model.parameters())
         state |= dict(zip(STATISTICS, like.new_tensor([signature.mean, signature.std])))
     with torch.device('meta'): module = SlimModule(about)
     weights = {name: state[name].contiguous().clone() for name in weights_of(module)}
     module.load_state_dict(weights, assign=True)
     return module.to(device_of(model)).eval()
-
-def _layers_and_tensors(
-    model: nn.Module, # a network
-    steps: Sequence[Mapping[str, Any]], # from `describe_steps`
-) -> dict[str, dict[str, Any]]:
-    "Descriptions of the layers that steps call, and of the tensors that they use by themselves."
-    layers = [step['target'] for step in steps if step['kind'] == 'layer']
-    tensors = [step['target'] for step in steps if step['kind'] == 'tensor']
-    state = model.state_dict()
-    learned = dict(model.named_parameters())
-    return dict(
-        layers={n: describe_layer(n, model.get_submodule(n)) for n in layers},
-        tensors={n: dict(shape=list(state[n].shape), parameter=n in learned) for n in tensors})
 
 # %% ../../nbs/08_modules/04_module.ipynb #467b0a20
 def save_module(
@@ -453,7 +286,7 @@ def check_runs(
     if not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes):
         raise ValueError(f"classes must be different names, not {classes}")
     images = torch.empty(2, *module.input_shape, device='meta')
-    with CheckedIndices(): shape = tuple(module.eval()(images).shape)
+    with CheckedIndices(), torch.device('meta'): shape = tuple(module.eval()(images).shape)
     if shape == (2, len(classes)): return
     raise ValueError(f"it answers {shape} for 2 images, but has {len(classes)} classes")
 

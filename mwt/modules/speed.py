@@ -15,7 +15,8 @@ from ..channels.mapping import ChannelMap
 from ..core.nets import evaluating
 from ..core.signature import weights_of
 from ..methods.modular import ModularModel
-from .module import SlimModule, describe_layer, steps_used
+from ..channels.description import describe_layer
+from .module import SlimModule, steps_used
 from .parts import Parts
 
 # %% auto #0
