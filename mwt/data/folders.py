@@ -335,7 +335,7 @@ def _likely_white(
     depth: Depth, # of its file
 ) -> str: # how to say what is white
     "The smallest usual range that holds a value."
-    usual = [255, 1023, 4095, 16383, 65535]
+    usual = [255, 1023, 4095, 16383, 32767, 65535]
     if depth.kind == 'floats': usual = [1, *usual]
     white = next((w for w in usual if top <= w), top)
     return f'white={white:g} (--white {white:g})'
