@@ -250,7 +250,6 @@ def profile(
     "Parameters, FLOPs and latency of a network, beside those of a full model."
     networks = [model]
     if against is not None:
-        check_is_network(against)
         if hasattr(against, 'plain'): against = against.plain()
         networks.append(against)
     found = profiles(networks, batch_size, repeats)

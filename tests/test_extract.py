@@ -132,16 +132,21 @@ def shifted(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0] + 1,)
 
 
+OFFSETS = {'': 0., 'one bias for all': 100., 'biases apart': torch.tensor([-100., 0., 50., 200.])}
+
+
+@pytest.mark.parametrize('offset', OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize('scale', [1e-6, 1e-3, 1., 1e3])
-def test_inexact_cut_is_never_silent(scale: float) -> None:
-    "Also where the logits are small: what counts is the network's own scale."
+def test_inexact_cut_is_never_silent(scale: float, offset: float | torch.Tensor) -> None:
+    "Also where the logits are small, or all large by a bias or an offset: the network's own scale counts."
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1),
                         nn.Flatten(), nn.Linear(8, 4))
     with torch.no_grad():
+        net[-1].bias.add_(offset)
         for p in net[-1].parameters(): p.mul_(scale)
-    net[2].register_forward_pre_hook(shifted)
-    model = modularize(net, n_classes=4).eval()
+    model = modularize(net, n_classes=4).eval()         # which would refuse such a hook
+    model.net.get_submodule('2').register_forward_pre_hook(shifted)
     parts = random_parts(model, .3)
     with pytest.raises(ValueError, match='the cut is not exact for this network'): extract(model, parts, [0])
 
@@ -162,6 +167,31 @@ def test_error_is_measured_on_the_own_scale(small: Small, size: float) -> None:
         check_exact(module, model, masks, [0, 1], x)
     with torch.no_grad(): module.get_submodule(model.head).bias.fill_(float('nan'))
     with pytest.raises(ValueError, match='differ by nan'): check_exact(module, model, masks, [0, 1], x)
+
+
+@pytest.mark.parametrize('offset', [0., 1e2, 1e4])
+def test_large_biases_hide_no_fault(small: Small, offset: float) -> None:
+    "A bias tells no image from another; and an exact cut passes beside it."
+    model, parts, x = small
+    model = copy.deepcopy(model)
+    head, masks = model.net.get_submodule(model.head), union_masks(parts, [0, 1])
+    with torch.no_grad():
+        head.bias.fill_(offset)
+        apart = masked_logits(model, parts, [0, 1], x)
+        apart = (apart - apart.mean(0)).abs().max()
+    module = extract(model, parts, [0, 1])
+    with torch.no_grad(): module.get_submodule(model.head).bias.add_(.05 * apart + 2e-6 * offset)
+    with pytest.raises(ValueError, match='the cut is not exact'): check_exact(module, model, masks, [0, 1], x)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_coarse_types_are_compared_in_double(small: Small, dtype: torch.dtype) -> None:
+    model, parts, x = small
+    model = copy.deepcopy(model).to(dtype)
+    module, masks = extract(model, parts, [0, 1]), union_masks(parts, [0, 1])
+    with torch.no_grad(): module.get_submodule(model.head).weight.mul_(1.05)
+    with pytest.raises(ValueError, match='the cut is not exact'):
+        check_exact(module, model, masks, [0, 1], x.to(dtype))
 
 
 def test_rounding_of_large_terms_is_no_fault(small: Small) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 import pytest
 import torch
+from odd_networks import Small, few_images
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from mwt.core.signature import normalise
@@ -12,6 +13,7 @@ from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.measure import evaluate
 from mwt.methods.base import METHODS, Method, describe_method, make_method
+from mwt.methods.composable import open_gates
 from mwt.methods.modular import ModularModel, fixed_masks, mask_table, modularize
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
@@ -211,3 +213,70 @@ def test_settings_of_earlier_files_still_mean_the_same() -> None:
     made = make_method(**old)
     assert (made.full_fraction, made.close_from, made.closed_by) == (.4, .2, .6)
     assert (made.decay, made.two_roles) == (.9, False)
+
+
+# Degenerate data
+
+EQUAL = {'zero': 0., 'one': 1., 'tiny': 1e-38, 'NaN': float('nan'), 'infinite': float('inf')}
+
+
+@pytest.mark.parametrize('fraction', [.05, .15, .5, .99])
+@pytest.mark.parametrize('value', EQUAL.values(), ids=EQUAL)
+def test_target_holds_where_all_scores_are_equal(value: float, fraction: float) -> None:
+    "For every class and every layer, since ties are broken evenly."
+    sizes = [40, 80, 160, 320]
+    groups = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
+    kernels = torch.where(groups == 2, 3, 1).float()        # a stream, coupled in three layers
+    gates = open_gates(torch.full((5, len(groups)), value), kernels, groups, fraction)
+    share = (gates * kernels).sum(1) / kernels.sum()
+    assert (share <= fraction + 1e-6).all() and (share > fraction - .01).all()
+    for group, size in enumerate(sizes):
+        assert abs(gates[:, groups == group].mean() - fraction) < 2.5 / size + .01
+
+
+def test_some_scores_are_equal() -> None:
+    "Half of the units are dead; what is left of the target is filled with equals, at least one in each group."
+    generator = torch.Generator().manual_seed(0)
+    scores, groups = torch.rand(4, 200, generator=generator), torch.arange(200) // 10
+    scores[:, 100:] = 0.
+    for fraction in (.1, .3, .5, .7):
+        gates = open_gates(scores, torch.ones(200), groups, fraction)
+        wanted = max(fraction, float((gates[:, :100].sum() + 4 * 10) / 800))
+        assert abs(gates.mean() - wanted) < .02
+        assert (gates.view(4, 20, 10).sum(2) > 0).all()
+
+
+def test_class_that_was_never_seen() -> None:
+    "It gets one unit a group, not all; a class with NaN scores likewise."
+    groups = torch.arange(100) // 10
+    scores = torch.rand(3, 100, generator=torch.Generator().manual_seed(0))
+    scores[1], scores[2] = 0., torch.nan
+    gates = open_gates(scores, torch.ones(100), groups, .3)
+    assert gates[1].sum() == gates[2].sum() == 10 and gates[0].sum() > 80
+
+
+def test_scores_that_differ_are_ranked_as_ever() -> None:
+    scores = torch.rand(4, 500, generator=torch.Generator().manual_seed(0))
+    gates = open_gates(scores, torch.ones(500), torch.zeros(500, dtype=torch.long), .2)
+    best = scores.flatten().topk(400).indices
+    assert gates.sum() == 400 and gates.flatten()[best].all()
+
+
+@pytest.mark.parametrize('network', ['simcnn', 'resnet18'])
+def test_black_images(network: str) -> None:
+    data = few_images(size=32, black=True)
+    model = modularize(create_model(network, 4, .25, seed=0), 4, target_krr=.15)
+    fit(model, data, 3, show_progress=False)
+    assert abs(model.masks.gates.krr.item() - .15) < .02
+    kept = decompose(model, data.train, show_progress=False)
+    layers = kept.split(kept.kept.float())
+    assert all(abs(mask.mean() - .15) < .12 for mask in layers.values())
+
+
+@pytest.mark.parametrize('method', BUILT_IN)
+def test_black_images_end_in_a_module(method: str) -> None:
+    data = few_images(black=True)
+    model = modularize(Small(), 4, method, example_input=torch.zeros(1, 3, 16, 16))
+    fit(model, data, 2, lr=.01, show_progress=False)
+    module = extract(model, decompose(model, data.train, show_progress=False), ['1'])
+    assert all(p.isfinite().all() for p in module.parameters())
