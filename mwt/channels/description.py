@@ -92,7 +92,7 @@ OWN = ('proj_size', 'nonlinearity')        # of some recurrent layers only; othe
 def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]: # by name
     "What makes a layer; recurrent ones hand arguments on to the class that they inherit from."
     own = inspect.signature(kind).parameters
-    if 'kwargs' not in own: return own
+    if not issubclass(kind, nn.RNNBase): return own
     base = dict(inspect.signature(kind.__base__).parameters)
     base.pop('mode')
     return base | dict(nonlinearity=inspect.Parameter('nonlinearity', inspect.Parameter.KEYWORD_ONLY,

@@ -18,7 +18,7 @@ from .trace import _traced, known_class, tidy_
 from .groups import Activation, ChannelGroups, compact, varying
 
 # %% auto #0
-__all__ = ['Rule', 'RULES', 'SAME_VALUES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker', 'full_name']
+__all__ = ['Rule', 'RULES', 'BATCH', 'SAME_VALUES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker', 'full_name']
 
 # %% ../../nbs/04_channels/03_rules.ipynb #286d2c70
 Rule = Callable[['ChannelTracker', fx.Node, nn.Module | None], Any]
@@ -49,6 +49,8 @@ def spellings(
     return [f for f in dict.fromkeys(found) if isinstance(f, str) or callable(f)]
 
 # %% ../../nbs/04_channels/03_rules.ipynb #0355fbd7
+BATCH = 5       # images to follow: a number that other dimensions seldom have
+
 @dataclass
 class ChannelLayer:
     "A layer with parameters along its channels, and the numbers of these channels."
@@ -95,11 +97,11 @@ class ChannelTracker(fx.Interpreter):
         self.pin_side_exits()
         return self
 
-    def images(self, n: int) -> Tensor: # (n, channels, height, width)
+    def images(self, n: int = 2) -> Tensor: # (n, channels, height, width)
         return self.example[:1].expand(n, *self.example.shape[1:]).contiguous()
 
     def walk(self) -> None:
-        images = self.images(2 if self.module.training else 1).to('meta')      # norms need two
+        images = self.images(BATCH).to('meta')
         with torch.no_grad(): self.run(images, enable_io_processing=False)
 
 # %% ../../nbs/04_channels/03_rules.ipynb #35506b33
@@ -290,7 +292,7 @@ def unused_layers(self: ChannelTracker) -> list[str]: # paths
 def side_layers(self: ChannelTracker) -> list[str]:
     "Layers that run in training only. Raises `ValueError` for a network that training cannot run."
     name, sizes = type(self.original).__name__, tuple(self.example.shape[1:])
-    tried = [(self.module, self.images(2).to('meta')), (self.original, self.images(2))]
+    tried = [(self.module, self.images().to('meta')), (self.original, self.images())]
     for n, (model, x) in enumerate(tried):
         copied = deepcopy(model)
         try: return sorted(layers_run(copied.train(), x) - layers_run(copied.eval(), x))
@@ -515,6 +517,17 @@ def need_zeros(self: ChannelTracker,
     if lost: self.groups.pin(activation.ids, reason)
     self.needed |= activation.mask_layers
 
+# %% ../../nbs/04_channels/03_rules.ipynb #63eb8292
+@patch
+def pin_folded(self: ChannelTracker,
+    node: fx.Node, # a layer that a mask may stand behind
+    name: str, # of the layer
+    ids: Tensor, # (channels,) that it writes
+) -> None:
+    "Pin channels of a layer that does not see one image after the other."
+    if self.env[node].shape[0] == BATCH: return
+    self.groups.pin(ids, f'{name} runs on parts of images')
+
 # %% ../../nbs/04_channels/03_rules.ipynb #033ce5a6
 @patch
 def owner(self: ChannelTracker, node: fx.Node) -> str | None:
@@ -548,6 +561,7 @@ def write(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> An
         tracker.layers[name].calls += 1
         tracker.groups.couple(tracker.layers[name].reads, reads)
     writes = tracker.layers[name].writes
+    tracker.pin_folded(node, name, writes)
     if groups > 1: _couple_groups(tracker, reads.view(groups, -1), writes.view(groups, -1))
     return Activation(tracker.spread(writes, dim, node), frozenset([name]))
 
@@ -598,6 +612,7 @@ def normalise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module) -> Any:
     if not images or activation.ids.shape[1] != layer.num_features: return unknown(tracker, node, layer)
     tracker.calls[node] = name
     ids = tracker.channel_ids(activation, 1, name)
+    tracker.pin_folded(node, name, ids)
     if name not in tracker.layers: tracker.layers[name] = ChannelLayer(None, ids)
     else:
         tracker.layers[name].calls += 1
@@ -612,6 +627,7 @@ def normalise_function(tracker: ChannelTracker, node: fx.Node, layer: None) -> A
     activation, *parameters = tracker.inputs(node)
     name = _layer_around(tracker, node)
     ids = tracker.channel_ids(activation, 1, name or node.name)
+    tracker.pin_folded(node, name or node.name, ids)
     for parameter in parameters: tracker.groups.couple(ids, parameter.ids.flatten())
     if name is None:
         tracker.groups.pin(ids, f'{node.name} normalises it outside any layer')

@@ -67,10 +67,12 @@ class ActivationCut:
 
     def channels(self, node: fx.Node) -> Tensor: # (channels,)
         "The root of each channel of an activation, in order."
-        ids = self.flows[node].ids
-        dims = varying(ids)
-        dim = dims[0] if dims else 1
-        return self.root[first_of(ids, dim)]
+        return self.root[first_of(self.flows[node].ids, 1)]
+
+    def channels_last(self, node: fx.Node) -> bool:
+        "Do channels vary along another dimension than the second, where masks stand?"
+        flow = self.flows[node]
+        return isinstance(flow, list) or bool(set(varying(flow.ids)) - {1})
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #3f889bde
 @patch
@@ -97,6 +99,8 @@ def find_pinned(self: ActivationCut) -> Tensor: # (roots,) boolean
     "Channels that no mask may drop."
     pinned = self.nothing()
     for number in self.tracker.groups.reasons(): pinned[self.root[number]] = True
+    for node in self.points.values():
+        if self.channels_last(node): pinned |= self.roots(node)
     functions = {name for node, name in self.tracker.calls.items() if node.op != 'call_module'}
     for name, layer in self.tracker.layers.items():
         # one that runs twice cannot be cut in two ways; a function's number of groups is fixed
