@@ -41,6 +41,7 @@ class Tracer(fx.Tracer):
         self.decisions: set[fx.Node] = set()        # sizes that chose the operations behind them
         self.values: dict[fx.Node, Any] = {}        # results, without the values of tensors
         self.computing = False                      # are such results computed just now?
+        self.weightless: nn.Module | None = None    # the network to compute them with
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = known_class(type(m), self.known) is not None
@@ -54,15 +55,26 @@ class Tracer(fx.Tracer):
             self.ends.setdefault(out.node, []).append(self.path_of_module(m))
         return out
 
+# %% ../../nbs/04_channels/01_trace.ipynb #765d3dba
+def copied(
+    model: nn.Module, # any network
+    device: str = '', # 'meta': without the values of tensors; empty: with the same tensors
+) -> nn.Module: # the network itself where it cannot be copied
+    "A copy of a network that has the same tensors, or none."
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(t): t.detach().to(device) if device else t for t in tensors}
+    if isinstance(model, fx.GraphModule) and not device: return model
+    try: return deepcopy(model, memo)
+    except (TypeError, RuntimeError): return model
+
 # %% ../../nbs/04_channels/01_trace.ipynb #3e716b22
 @patch
 def value(self: Tracer, node: fx.Node) -> Any:
     "The result of an operation for the example. Raises `TraceError` where it depends on values."
     if self.example is None: raise fx.proxy.TraceError(BRANCHES)
     if not self.values:
-        tensors = [*self.root.parameters(), *self.root.buffers()]
-        weightless = deepcopy(self.root, {id(t): t.detach().to('meta') for t in tensors})
-        self.runner = fx.Interpreter(weightless, graph=self.graph)
+        if self.weightless is None: self.weightless = copied(self.root, 'meta')
+        self.runner = fx.Interpreter(self.weightless, graph=self.graph)
     env = self.runner.env = self.values
     self.computing = True           # layers are called, not recorded
     with torch.no_grad(), torch.device('meta'):
@@ -189,16 +201,20 @@ def _traced(
     example: Tensor | None = None, # an input that it accepts
 ) -> tuple[fx.Graph, Tracer]: # operations in running order; who recorded them
     "A network's operations in the mode that it is in."
-    tracer = Tracer(known, example)
+    tracer, root = Tracer(known, example), copied(model)
+    if example is not None: tracer.weightless = copied(model, device='meta')
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    try: return tracer.trace(model, defaults or None), tracer
+    try: graph = tracer.trace(root, defaults or None)
     except NotInNetwork: raise
     except UNTRACEABLE as e:
         raise ValueError(
             f"{type(model).__name__} cannot be traced{_inside(tracer)}: {e}. Its forward pass must "
             "not branch on tensor values or change between calls; rewrite that part with "
             "torch.where, or put it into a layer of its own that torch.fx can follow") from e
+    for name, value in vars(root).items():
+        if name.startswith('_tensor_constant'): setattr(model, name, value)
+    return graph, tracer
 
 def _inside(tracer: Tracer) -> str:
     "The layer in which a trace stopped, for the error."

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 import torch
 from torch import nn
-from ..core.nets import device_of, freeze_as_, trainable
+from ..core.nets import device_of, freeze_as_, input_dtype, trainable
 from ..core.signature import weights_of
 from ..data.batches import ImageData
 from ..channels.description import describe_layer
@@ -90,8 +90,9 @@ def compose(
                  input_shape=list(first.input_shape), pixels=first.takes_pixels,
                  full=first.full if same else None)
     whole = SlimModule(about | joined_description(modules))
-    weights = {f'part{i}.{k}': v for i, m in enumerate(modules) for k, v in weights_of(m).items()}
-    whole.load_state_dict(weights)
+    states = {f'part{i}': weights_of(m) for i, m in enumerate(modules)}
+    weights = {f'{part}.{k}': v.clone() for part, state in states.items() for k, v in state.items()}
+    whole.load_state_dict(weights, assign=True)                     # keeps the type of the weights
     for i, m in enumerate(modules): freeze_as_(whole, trainable(m), f'part{i}.')
     return whole.to(device_of(first)).eval()
 
@@ -118,12 +119,13 @@ def add_head(
     "Put the new head of MwT (section 3.4) behind a module; it starts as the identity."
     if 'new_head' in module.description['layers']: return copy.deepcopy(module)
     n = len(module.classes)
-    head = nn.Linear(n, n)
+    head = nn.Linear(n, n, dtype=input_dtype(module))
     head.weight.copy_(torch.eye(n))
     head.bias.zero_()
     extended = SlimModule(with_new_head(module.description, head))
     new = {f'new_head.{k}': v for k, v in head.state_dict().items()}
-    extended.load_state_dict(weights_of(module) | new)
+    weights = {k: v.clone() for k, v in (weights_of(module) | new).items()}
+    extended.load_state_dict(weights, assign=True)
     freeze_as_(extended, trainable(module))
     return extended.to(device_of(module)).eval()
 
