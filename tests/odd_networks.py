@@ -1,4 +1,5 @@
 "Small networks, each with one oddity, and data for them."
+
 from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ def few_images(size: int = 16, classes: int = 4, black: bool = False) -> ImageDa
 
 class Small(nn.Module):
     "Two convolutions with norms, and a head."
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.norm_a = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
@@ -33,6 +35,7 @@ class Small(nn.Module):
 
 class Between(Small):
     "Something between the first norm and the second convolution."
+
     def __init__(self, use: Callable[[nn.Module, Tensor], Tensor], extra: nn.Module | None = None) -> None:
         super().__init__()
         self.use, self.extra = use, extra
@@ -45,15 +48,18 @@ class Between(Small):
 
 class Answers(Small):
     "Something done to the answer."
+
     def __init__(self, change: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.change = change
 
-    def forward(self, x: Tensor) -> Any: return self.change(super().forward(x))
+    def forward(self, x: Tensor) -> Any:
+        return self.change(super().forward(x))
 
 
 class Viewed(Small):
     "A head that reads every pixel, by some view."
+
     def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.view, self.head = view, nn.Linear(8 * 16 * 16, 4)
@@ -65,6 +71,7 @@ class Viewed(Small):
 
 class Encoder(nn.Module):
     "Layers, a norm, an activation, the head and whole blocks under two names; called by the other ones."
+
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
@@ -76,12 +83,14 @@ class Encoder(nn.Module):
         self.head = self.fc
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks: x = block(x)
+        for block in self.blocks:
+            x = block(x)
         return self.head(x.mean((2, 3)))
 
 
 class EncoderMixed(Encoder):
     "The same, called once by the first names and once by the others."
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm2(self.conv2(self.body(x))))
         return self.fc(x.mean((2, 3)))
@@ -89,9 +98,10 @@ class EncoderMixed(Encoder):
 
 class WithTensors(Small):
     "Buffers of several types, and a parameter that is used by itself."
+
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer('mean', torch.tensor([.1, .2, .3]).view(3, 1, 1))
+        self.register_buffer('mean', torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
         self.register_buffer('flags', torch.tensor([True, False, True]))
         self.register_buffer('table', torch.arange(200).to(torch.uint8))
         self.scale = nn.Parameter(torch.ones(8, 1, 1))
@@ -103,6 +113,7 @@ class WithTensors(Small):
 
 class Remembers(Small):
     "Keeps results of its last pass, as an attribute."
+
     def forward(self, x: Tensor) -> Tensor:
         self.features = torch.relu(self.norm_a(self.a(x)))
         return self.head(torch.relu(self.norm_b(self.b(self.features))).mean((2, 3)))
@@ -110,13 +121,16 @@ class Remembers(Small):
 
 class SharedNorm(Small):
     "One norm behind two convolutions."
+
     def forward(self, x: Tensor) -> Tensor:
-        for conv in (self.a, self.b, self.b): x = torch.relu(self.norm_a(conv(x)))
+        for conv in (self.a, self.b, self.b):
+            x = torch.relu(self.norm_a(conv(x)))
         return self.head(x.mean((2, 3)))
 
 
 class OwnConv(nn.Conv2d):
     "A convolution that views its weight."
+
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.view(self.weight.shape[0], -1)
         weight = (flat - flat.mean(1, keepdim=True)).view(self.weight.shape)
@@ -125,8 +139,10 @@ class OwnConv(nn.Conv2d):
 
 def changed(change: Callable[[Small], Any]) -> Callable[[], Small]:
     "A maker of networks to which something was done."
+
     def make() -> Small:
         net = Small()
         change(net)
         return net
+
     return make

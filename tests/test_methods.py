@@ -235,7 +235,7 @@ def test_target_holds_where_all_scores_are_equal(value: float, fraction: float) 
 
 
 def test_some_scores_are_equal() -> None:
-    "Half of the units are dead; what is left of the target is filled with equals, at least one in each group."
+    "Half of the units are dead; the target is filled with equals, at least one in each group."
     generator = torch.Generator().manual_seed(0)
     scores, groups = torch.rand(4, 200, generator=generator), torch.arange(200) // 10
     scores[:, 100:] = 0.

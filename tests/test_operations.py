@@ -1,4 +1,5 @@
 "What a network may be made of: followed, left whole or refused by `modularize`, and nothing later."
+
 from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from mwt.methods.modular import ModularModel, mask_table, modularize
 from mwt.modules.extract import extract
 from mwt.modules.module import SlimModule, load_module, save_module
 
-OLD = Path(__file__).resolve().parent/'fixtures'/'0.1.0'
+OLD = Path(__file__).resolve().parent / 'fixtures' / '0.1.0'
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -27,21 +28,24 @@ def three_steps(model: ModularModel, x: Tensor) -> None:
         loss, _ = model.train().training_loss(x, torch.arange(len(x)) % model.n_classes)
         loss.backward()
         for p in model.parameters():
-            if p.grad is not None: p.grad.nan_to_num_(0, 0, 0).clamp_(-1, 1)
+            if p.grad is not None:
+                p.grad.nan_to_num_(0, 0, 0).clamp_(-1, 1)
         model.after_backward(torch.arange(len(x)) % model.n_classes, i / 3)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
 
 
-def to_the_end(net: nn.Module, path: Path, x: Tensor = X, n_classes: int = 4,
-               method: str = 'composable') -> tuple[ModularModel, SlimModule]:
+def to_the_end(
+    net: nn.Module, path: Path, x: Tensor = X, n_classes: int = 4, method: str = 'composable'
+) -> tuple[ModularModel, SlimModule]:
     "Modularize, three steps, extract (which compares), save, load: all of it, or an error of `modularize`."
     model = modularize(net, n_classes, method, example_input=x)
     three_steps(model, x)
-    module = extract(model, random_parts(model, .5), [2, 0])
-    loaded = load_module(save_module(module, path/'module.safetensors'))
-    with torch.no_grad(): assert torch.equal(loaded(x), module(x))
+    module = extract(model, random_parts(model, 0.5), [2, 0])
+    loaded = load_module(save_module(module, path / 'module.safetensors'))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), module(x))
     return model, module
 
 
@@ -51,15 +55,24 @@ def reasons(model: ModularModel) -> dict[str, str]:
 
 # Every operation and layer of the tables
 
+
 class Probe(nn.Module):
     "A convolution, one operation, and a head for whatever comes out of it."
-    def __init__(self, call: Callable[..., Any], arguments: tuple[Any, ...] = (), before: Callable = torch.clone,
-                 size: int = 0, first: bool = False) -> None:
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        arguments: tuple[Any, ...] = (),
+        before: Callable = torch.clone,
+        size: int = 0,
+        first: bool = False,
+    ) -> None:
         super().__init__()
         self.call, self.arguments, self.before, self.first = call, arguments, before, first
         self.stem, self.a = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
         self.head = nn.Linear(size, 4) if size else nn.Identity()
-        if 'w' in arguments: self.weight = nn.Parameter(torch.rand(8, 8, 8))
+        if 'w' in arguments:
+            self.weight = nn.Parameter(torch.rand(8, 8, 8))
 
     def features(self, x: Tensor) -> Any:
         x = self.before(self.a(self.stem(x).relu()))
@@ -68,7 +81,7 @@ class Probe(nn.Module):
         return y[0] if self.first else y
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.nan_to_num(self.features(x).float(), 0., 0., 0.)
+        x = torch.nan_to_num(self.features(x).float(), 0.0, 0.0, 0.0)
         return self.head(x.clamp(-9, 9).flatten(1))
 
 
@@ -78,14 +91,33 @@ def probe(call: Callable[..., Any], *settings: Any) -> nn.Module | None:
     try:
         found = Probe(call, *settings).eval().features(X)
         first = not isinstance(found, Tensor)
-        if first: found = found[0]
+        if first:
+            found = found[0]
         size = found[0].numel() if found.ndim > 1 and len(found) == len(X) else 0
-    except Exception: return None       # other arguments, or no tensor of images
+    except Exception:
+        return None  # other arguments, or no tensor of images
     return Probe(call, *settings, size=size, first=first) if 0 < size <= 8192 else None
 
 
-WAYS = [(), (1,), (2,), ('x',), (1, 2), ('x', 'x'), ((2, 2),), (0., 1.), ('w',), (1, 'w'), ('w', 'w'), (1, 0, 2),
-        ([8, 8, 8],), ((3, 2),), ('mask', 0.), ([1, 1],), (1, [2, 4])]
+WAYS = [
+    (),
+    (1,),
+    (2,),
+    ('x',),
+    (1, 2),
+    ('x', 'x'),
+    ((2, 2),),
+    (0.0, 1.0),
+    ('w',),
+    (1, 'w'),
+    ('w', 'w'),
+    (1, 0, 2),
+    ([8, 8, 8],),
+    ((3, 2),),
+    ('mask', 0.0),
+    ([1, 1],),
+    (1, [2, 4]),
+]
 
 
 def first_way(call: Callable[..., Any]) -> nn.Module | None:
@@ -93,9 +125,28 @@ def first_way(call: Callable[..., Any]) -> nn.Module | None:
     return next((net for way in WAYS if (net := probe(call, way))), None)
 
 
-SETTINGS = [(), (8,), (2,), (1,), (8, 2), (2, 8), (8, 8, 3), (8, 8), (8, 4, 1), (1, .5), (0., 1.), (1, (2, 4)), (2, 2)]
-SHAPES = [torch.clone, lambda x: x.flatten(2), lambda x: x.flatten(2).transpose(1, 2), lambda x: x.unsqueeze(2),
-          lambda x: x.mean((2, 3))]
+SETTINGS = [
+    (),
+    (8,),
+    (2,),
+    (1,),
+    (8, 2),
+    (2, 8),
+    (8, 8, 3),
+    (8, 8),
+    (8, 4, 1),
+    (1, 0.5),
+    (0.0, 1.0),
+    (1, (2, 4)),
+    (2, 2),
+]
+SHAPES = [
+    torch.clone,
+    lambda x: x.flatten(2),
+    lambda x: x.flatten(2).transpose(1, 2),
+    lambda x: x.unsqueeze(2),
+    lambda x: x.mean((2, 3)),
+]
 
 
 def layer_of(name: str) -> nn.Module | None:
@@ -103,34 +154,67 @@ def layer_of(name: str) -> nn.Module | None:
     for arguments in SETTINGS:
         for more in ((), ('x',), ('x', 'x')):
             for before in SHAPES:
-                try: layer = LAYERS[name](*arguments).eval()
-                except Exception: continue
+                try:
+                    layer = LAYERS[name](*arguments).eval()
+                except Exception:
+                    continue
                 net = probe(layer, more, before)
-                if net is not None: return net
+                if net is not None:
+                    return net
     return None
 
 
 def operations() -> Iterator[tuple[str, Callable[[], nn.Module | None]]]:
-    for name in sorted(FUNCTIONS): yield name, lambda name=name: first_way(FUNCTIONS[name])
+    for name in sorted(FUNCTIONS):
+        yield name, lambda name=name: first_way(FUNCTIONS[name])
     for name in sorted(METHOD_NAMES):
         yield f'x.{name}', lambda name=name: first_way(lambda x, *a: getattr(x, name)(*a))
-    for name in sorted(ATTRIBUTES): yield f'x.{name} (attribute)', lambda name=name: first_way(lambda x: getattr(x, name))
-    for name in sorted(LAYERS): yield f'nn.{name}', lambda name=name: layer_of(name)
+    for name in sorted(ATTRIBUTES):
+        yield f'x.{name} (attribute)', lambda name=name: first_way(lambda x: getattr(x, name))
+    for name in sorted(LAYERS):
+        yield f'nn.{name}', lambda name=name: layer_of(name)
 
 
 OPERATIONS = dict(operations())
-FEW = ['torch.relu_', 'torch.std', 'torch.where', 'torch.matmul', 'operator.matmul', 'F.max_pool2d', 'linalg.vector_norm',
-       'F.instance_norm', 'x.max', 'x.std', 'x.softmax', 'x.erf', 'x.cumsum', 'x.half', 'x.topk',
-       'nn.BatchNorm1d', 'nn.ConvTranspose2d', 'nn.InstanceNorm2d', 'nn.Softsign', 'nn.LPPool2d', 'nn.SyncBatchNorm',
-       'nn.MultiheadAttention', 'nn.LSTM', 'nn.Conv3d', 'nn.RMSNorm', 'nn.Softmax2d']
+FEW = [
+    'torch.relu_',
+    'torch.std',
+    'torch.where',
+    'torch.matmul',
+    'operator.matmul',
+    'F.max_pool2d',
+    'linalg.vector_norm',
+    'F.instance_norm',
+    'x.max',
+    'x.std',
+    'x.softmax',
+    'x.erf',
+    'x.cumsum',
+    'x.half',
+    'x.topk',
+    'nn.BatchNorm1d',
+    'nn.ConvTranspose2d',
+    'nn.InstanceNorm2d',
+    'nn.Softsign',
+    'nn.LPPool2d',
+    'nn.SyncBatchNorm',
+    'nn.MultiheadAttention',
+    'nn.LSTM',
+    'nn.Conv3d',
+    'nn.RMSNorm',
+    'nn.Softmax2d',
+]
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in OPERATIONS])
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in OPERATIONS]
+)
 def test_an_operation_runs_to_the_end_or_is_refused_at_once(name: str, tmp_path: Path) -> None:
     net = OPERATIONS[name]()
-    if net is None: pytest.skip('no arguments here make a batch of a batch')
-    try: modularize(net, 4, example_input=X)
+    if net is None:
+        pytest.skip('no arguments here make a batch of a batch')
+    try:
+        modularize(net, 4, example_input=X)
     except ValueError as e:
         assert name not in FEW, e
         return
@@ -139,31 +223,77 @@ def test_an_operation_runs_to_the_end_or_is_refused_at_once(name: str, tmp_path:
 
 # The tables
 
+
 def test_tables_hold_nothing_that_could_act() -> None:
     "No file, code, device, hook or foreign object: names of PyTorch's operators on tensors only."
-    words = ('load', 'save', 'file', 'import', 'compile', 'script', 'hook', 'exec', 'eval', 'call', 'apply', 'map_',
-             'storage', 'numpy', 'dlpack', 'data_ptr', 'backward', 'empty', 'resize', 'share', 'cuda', 'pin_',
-             'set_', 'seed', 'thread', 'module', 'pickle', 'reduce_ex', 'subclass', 'tolist', 'item')
+    words = (
+        'load',
+        'save',
+        'file',
+        'import',
+        'compile',
+        'script',
+        'hook',
+        'exec',
+        'eval',
+        'call',
+        'apply',
+        'map_',
+        'storage',
+        'numpy',
+        'dlpack',
+        'data_ptr',
+        'backward',
+        'empty',
+        'resize',
+        'share',
+        'cuda',
+        'pin_',
+        'set_',
+        'seed',
+        'thread',
+        'module',
+        'pickle',
+        'reduce_ex',
+        'subclass',
+        'tolist',
+        'item',
+    )
     allowed = {'operator.getitem'}
     for name in [*FUNCTIONS, *METHOD_NAMES]:
         last = name.rpartition('.')[2]
         assert name in allowed or not [w for w in words if w in last], name
         assert not last.startswith('_'), name
     assert not {'data', 'grad', 'grad_fn', 'name', '__class__', '_base', 'is_leaf'} & ATTRIBUTES
-    places = {'torch', 'torch.functional', 'torch.nn.functional', 'torch._C._nn', '_operator', 'math', 'torch._C',
-              'torch._C._linalg', 'torch._C._fft', 'torch._C._special', 'mwt.channels.operations', None}
+    places = {
+        'torch',
+        'torch.functional',
+        'torch.nn.functional',
+        'torch._C._nn',
+        '_operator',
+        'math',
+        'torch._C',
+        'torch._C._linalg',
+        'torch._C._fft',
+        'torch._C._special',
+        'mwt.channels.operations',
+        None,
+    }
     assert {getattr(f, '__module__', None) for f in FUNCTIONS.values()} <= places
     assert all(kind.__module__.startswith('torch.nn.modules.') for kind in LAYERS.values())
 
 
 def test_no_function_of_the_tables_opens_a_file(tmp_path: Path) -> None:
     "A path in place of a tensor or a number is refused by each of them."
-    path = tmp_path/'here'
+    path = tmp_path / 'here'
     for name, function in FUNCTIONS.items():
-        if name.startswith('operator'): continue
+        if name.startswith('operator'):
+            continue
         for arguments in ((str(path),), (torch.zeros(2), str(path)), (str(path), 8), ([str(path)],)):
-            try: function(*arguments)
-            except Exception: continue
+            try:
+                function(*arguments)
+            except Exception:
+                continue
     assert not path.exists() and not list(tmp_path.iterdir())
 
 
@@ -178,32 +308,54 @@ def test_names_in_files_of_version_0_1_0() -> None:
         _, about = load_tensors(path, 'module')
         assert {layer['type'] for layer in about['layers'].values()} <= LAYERS.keys()
         for step in about['steps']:
-            if step['kind'] == 'function': assert step['target'] in FUNCTIONS
-            if step['kind'] == 'method': assert step['target'] in METHOD_NAMES
+            if step['kind'] == 'function':
+                assert step['target'] in FUNCTIONS
+            if step['kind'] == 'method':
+                assert step['target'] in METHOD_NAMES
     lists = {
         'operator': 'add iadd sub isub mul imul truediv floordiv mod neg pow getitem',
-        'torch': 'add sub mul div cat concat stack flatten reshape permute transpose squeeze unsqueeze chunk split '
-                 'mean sum amax relu sigmoid tanh softmax clamp exp sqrt rsqrt pow matmul abs neg square clone movedim '
-                 'swapaxes unbind',
-        'F': 'relu relu6 leaky_relu elu gelu silu mish hardtanh hardswish hardsigmoid softplus sigmoid tanh softmax '
-             'log_softmax dropout conv2d linear batch_norm layer_norm group_norm max_pool2d avg_pool2d pad '
-             'adaptive_avg_pool2d adaptive_max_pool2d interpolate normalize'}
+        'torch': 'add sub mul div cat concat stack flatten reshape permute transpose squeeze unsqueeze chunk '
+        'split mean sum amax relu sigmoid tanh softmax clamp exp sqrt rsqrt pow matmul abs neg square clone '
+        'movedim swapaxes unbind',
+        'F': 'relu relu6 leaky_relu elu gelu silu mish hardtanh hardswish hardsigmoid softplus sigmoid tanh '
+        'softmax log_softmax dropout conv2d linear batch_norm layer_norm group_norm max_pool2d avg_pool2d '
+        'pad adaptive_avg_pool2d adaptive_max_pool2d interpolate normalize',
+    }
     for place, names in lists.items():
-        for name in names.split(): assert f'{place}.{name}' in FUNCTIONS, name
+        for name in names.split():
+            assert f'{place}.{name}' in FUNCTIONS, name
     assert 'stochastic_depth' in FUNCTIONS
-    methods = ('add add_ sub sub_ mul mul_ div div_ view reshape flatten permute transpose contiguous squeeze unsqueeze '
-               'chunk split mean sum amax size dim relu relu_ sigmoid sigmoid_ tanh softmax clamp clamp_ expand '
-               'expand_as pow sqrt exp abs neg square clone movedim swapaxes unbind float')
+    methods = (
+        'add add_ sub sub_ mul mul_ div div_ view reshape flatten permute transpose contiguous squeeze '
+        'unsqueeze chunk split mean sum amax size dim relu relu_ sigmoid sigmoid_ tanh softmax clamp '
+        'clamp_ expand expand_as pow sqrt exp abs neg square clone movedim swapaxes unbind float'
+    )
     assert set(methods.split()) <= METHOD_NAMES and {'shape', 'ndim'} <= ATTRIBUTES
 
 
-@pytest.mark.parametrize('layer', [
-    nn.MultiheadAttention(8, 2, bias=False), nn.MultiheadAttention(8, 2, add_bias_kv=True, kdim=4, batch_first=True),
-    nn.GRU(3, 4, num_layers=2, bidirectional=True), nn.RNN(3, 4, nonlinearity='relu'), nn.LSTM(3, 4, proj_size=2),
-    nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2, bias=False), nn.PReLU(4), nn.Threshold(.1, 2.),
-    nn.LayerNorm((2, 3), elementwise_affine=False), nn.BatchNorm1d(3, affine=False, track_running_stats=False),
-    nn.InstanceNorm2d(3, affine=True), nn.Upsample(scale_factor=2., mode='nearest'), nn.Unflatten(1, (2, 4)),
-    nn.Embedding(4, 2, padding_idx=1), nn.Bilinear(2, 3, 4), nn.Softmax(1), nn.Hardtanh(-2, 2)], ids=str)
+@pytest.mark.parametrize(
+    'layer',
+    [
+        nn.MultiheadAttention(8, 2, bias=False),
+        nn.MultiheadAttention(8, 2, add_bias_kv=True, kdim=4, batch_first=True),
+        nn.GRU(3, 4, num_layers=2, bidirectional=True),
+        nn.RNN(3, 4, nonlinearity='relu'),
+        nn.LSTM(3, 4, proj_size=2),
+        nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2, bias=False),
+        nn.PReLU(4),
+        nn.Threshold(0.1, 2.0),
+        nn.LayerNorm((2, 3), elementwise_affine=False),
+        nn.BatchNorm1d(3, affine=False, track_running_stats=False),
+        nn.InstanceNorm2d(3, affine=True),
+        nn.Upsample(scale_factor=2.0, mode='nearest'),
+        nn.Unflatten(1, (2, 4)),
+        nn.Embedding(4, 2, padding_idx=1),
+        nn.Bilinear(2, 3, 4),
+        nn.Softmax(1),
+        nn.Hardtanh(-2, 2),
+    ],
+    ids=str,
+)
 def test_a_layer_and_its_description(layer: nn.Module) -> None:
     about = json.loads(json.dumps(describe_layer('layer', layer)))
     made = make_layer('layer', about)
@@ -213,15 +365,18 @@ def test_a_layer_and_its_description(layer: nn.Module) -> None:
 
 # Networks
 
+
 class Base(nn.Module):
     "Two convolutions and a head; what lies between them is the subject."
+
     def __init__(self, kind: str = '') -> None:
         super().__init__()
         self.kind = kind
         self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.last, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
 
-    def middle(self, x: Tensor) -> Tensor: return x
+    def middle(self, x: Tensor) -> Tensor:
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.b(self.middle(self.a(self.stem(x).relu()).relu()))
@@ -230,34 +385,66 @@ class Base(nn.Module):
 
 class Kept(Base):
     "Tensors that no state dict holds, and tensors that are read for their type."
+
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
-        self.register_buffer('hidden', torch.rand(8, 1, 1) + .5, persistent=False)
+        self.register_buffer('hidden', torch.rand(8, 1, 1) + 0.5, persistent=False)
         self.register_buffer('rows', torch.arange(8).flip(0))
-        self.plain = torch.rand(1, 8, 1, 1) + .5
+        self.plain = torch.rand(1, 8, 1, 1) + 0.5
         self.low = nn.Linear(8, 8)
 
     def middle(self, x: Tensor) -> Tensor:
         k = self.kind
-        if k == 'buffer': return x * self.hidden
-        if k == 'plain': return x * self.plain
-        if k == 'both': return x * self.plain.view(8, 1, 1) + self.hidden
-        if k == 'tensor': return x * torch.tensor([1., 2., 1., 2., 1., 2., 1., 2.]).view(8, 1, 1)
-        if k == 'number': return x * torch.tensor(2.) + torch.tensor([1.])
-        if k == 'dtype': return x.to(self.b.weight.dtype).type_as(self.low.weight).to(self.plain)
-        if k == 'device': return x.to(self.b.weight.device) + torch.zeros(8, 1, 1, device=x.device, dtype=x.dtype)
-        if k == 'half': return x.to(torch.float64).to(torch.float32).contiguous(memory_format=torch.channels_last)
-        if k == 'order': return x[:, self.rows]
-        if k == 'flip': return x[:, :, self.rows] + x.index_select(3, self.rows)
-        if k == 'positions': return x + torch.arange(x.shape[-1], device=x.device).view(1, 1, 1, -1)
-        if k == 'numbered': return x * torch.arange(1, x.shape[1] + 1).view(-1, 1, 1)
-        if k == 'count': return x / x.shape[1] + x.size(1)
-        if k == 'weight': return x * self.b.weight.mean() + self.a.weight.shape[0]
+        if k == 'buffer':
+            return x * self.hidden
+        if k == 'plain':
+            return x * self.plain
+        if k == 'both':
+            return x * self.plain.view(8, 1, 1) + self.hidden
+        if k == 'tensor':
+            return x * torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0]).view(8, 1, 1)
+        if k == 'number':
+            return x * torch.tensor(2.0) + torch.tensor([1.0])
+        if k == 'dtype':
+            return x.to(self.b.weight.dtype).type_as(self.low.weight).to(self.plain)
+        if k == 'device':
+            return x.to(self.b.weight.device) + torch.zeros(8, 1, 1, device=x.device, dtype=x.dtype)
+        if k == 'half':
+            return x.to(torch.float64).to(torch.float32).contiguous(memory_format=torch.channels_last)
+        if k == 'order':
+            return x[:, self.rows]
+        if k == 'flip':
+            return x[:, :, self.rows] + x.index_select(3, self.rows)
+        if k == 'positions':
+            return x + torch.arange(x.shape[-1], device=x.device).view(1, 1, 1, -1)
+        if k == 'numbered':
+            return x * torch.arange(1, x.shape[1] + 1).view(-1, 1, 1)
+        if k == 'count':
+            return x / x.shape[1] + x.size(1)
+        if k == 'weight':
+            return x * self.b.weight.mean() + self.a.weight.shape[0]
         raise AssertionError(k)
 
 
-@pytest.mark.parametrize('kind', ['buffer', 'plain', 'both', 'tensor', 'number', 'dtype', 'device', 'half', 'order', 'flip',
-                                  'positions', 'numbered', 'count', 'weight'])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'buffer',
+        'plain',
+        'both',
+        'tensor',
+        'number',
+        'dtype',
+        'device',
+        'half',
+        'order',
+        'flip',
+        'positions',
+        'numbered',
+        'count',
+        'weight',
+    ],
+)
 def test_tensors_that_a_network_holds(kind: str, tmp_path: Path) -> None:
     net = Kept(kind)
     names = set(vars(net)) | set(net.state_dict())
@@ -273,6 +460,7 @@ def test_a_buffer_that_no_state_dict_holds_is_cut(tmp_path: Path) -> None:
 
 class Behind(Base):
     "What treats the answers behind the head, or mixes them."
+
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.prior, self.frequency = nn.Parameter(torch.randn(4)), torch.rand(1, 4)
@@ -282,44 +470,78 @@ class Behind(Base):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(self.stem(x).relu()).relu().mean((2, 3))
         y, k = self.head(x), self.kind
-        if k == 'head + prior': return y + self.prior
-        if k == 'prior + head': return self.prior + y
-        if k == 'head * frequency': return y * self.frequency
-        if k == 'norm': return self.norm(y)
-        if k == 'norm * prior': return (self.norm(y) * self.prior).tanh() / 2 + 1
-        if k == 'two heads': return (self.more(x) + y) / 2
-        if k == 'maximum': return torch.maximum(self.more(x), y)
-        if k == 'where': return torch.where(y > 0, y, self.prior)
-        if k == 'table': return y + self.table[0]
-        if k == 'constant': return y + torch.tensor([1., 2., 3., 4.])
-        if k == 'view': return y.view(-1, 4)
-        if k == 'again': return y + self.mix(y)
-        if k == 'softmax': return y * y.softmax(1)
-        if k == 'centred': return y - y.mean(1, keepdim=True)
-        if k == 'order': return y[:, [1, 0, 2, 3]]
-        if k == 'log': return F.log_softmax(y, 1)
+        if k == 'head + prior':
+            return y + self.prior
+        if k == 'prior + head':
+            return self.prior + y
+        if k == 'head * frequency':
+            return y * self.frequency
+        if k == 'norm':
+            return self.norm(y)
+        if k == 'norm * prior':
+            return (self.norm(y) * self.prior).tanh() / 2 + 1
+        if k == 'two heads':
+            return (self.more(x) + y) / 2
+        if k == 'maximum':
+            return torch.maximum(self.more(x), y)
+        if k == 'where':
+            return torch.where(y > 0, y, self.prior)
+        if k == 'table':
+            return y + self.table[0]
+        if k == 'constant':
+            return y + torch.tensor([1.0, 2.0, 3.0, 4.0])
+        if k == 'view':
+            return y.view(-1, 4)
+        if k == 'again':
+            return y + self.mix(y)
+        if k == 'softmax':
+            return y * y.softmax(1)
+        if k == 'centred':
+            return y - y.mean(1, keepdim=True)
+        if k == 'order':
+            return y[:, [1, 0, 2, 3]]
+        if k == 'log':
+            return F.log_softmax(y, 1)
         raise AssertionError(k)
 
 
-@pytest.mark.parametrize('kind', ['head + prior', 'prior + head', 'head * frequency', 'norm', 'norm * prior', 'two heads',
-                                  'maximum', 'where'])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'head + prior',
+        'prior + head',
+        'head * frequency',
+        'norm',
+        'norm * prior',
+        'two heads',
+        'maximum',
+        'where',
+    ],
+)
 def test_what_treats_each_class_by_itself_is_cut_along(kind: str, tmp_path: Path) -> None:
     model, module = to_the_end(Behind(kind), tmp_path)
     assert module(X).shape == (2, 2)
 
 
-@pytest.mark.parametrize('kind', ['table', 'constant', 'view', 'again', 'softmax', 'centred', 'order', 'log'])
+@pytest.mark.parametrize(
+    'kind', ['table', 'constant', 'view', 'again', 'softmax', 'centred', 'order', 'log']
+)
 def test_what_mixes_the_classes_is_refused_at_once(kind: str) -> None:
-    with pytest.raises(ValueError, match='let the network end with'): modularize(Behind(kind), 4, example_input=X)
+    with pytest.raises(ValueError, match='let the network end with'):
+        modularize(Behind(kind), 4, example_input=X)
 
 
 class Looks(Base):
     "Operations that are left whole, and followed ones in unusual forms."
+
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.up, self.inorm = nn.ConvTranspose2d(8, 8, 2, stride=2), nn.InstanceNorm2d(8)
-        self.affine, self.sync = nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.SyncBatchNorm(8)
+        self.affine, self.sync = (
+            nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+            nn.SyncBatchNorm(8),
+        )
         self.spatial = nn.Conv2d(2, 1, 3, padding=1)
 
     def middle(self, x: Tensor) -> Tensor:
@@ -328,34 +550,68 @@ class Looks(Base):
         if k == 'cbam':
             both = torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)
             return x * self.spatial(both).sigmoid()
-        if k == 'named result': return x * x.max(dim=1, keepdim=True).values.sigmoid()
-        if k == 'einsum': return x + torch.einsum('ncp,nqp->ncq', x.flatten(2), flat.transpose(1, 2)).mean(2)[..., None, None]
-        if k == '@': return (flat @ flat.transpose(1, 2) @ flat).transpose(1, 2).reshape(n, c, h, w)
-        if k == 'std': return x / (x.std((2, 3), keepdim=True) + x.var(dim=1, keepdim=True) + 1)
-        if k == 'where': return torch.where(x > .5, x, torch.zeros_like(x))
-        if k == 'mha': return self.attention(flat, flat, flat, need_weights=False)[0].transpose(1, 2).reshape(n, c, h, w)
+        if k == 'named result':
+            return x * x.max(dim=1, keepdim=True).values.sigmoid()
+        if k == 'einsum':
+            return (
+                x
+                + torch.einsum('ncp,nqp->ncq', x.flatten(2), flat.transpose(1, 2)).mean(2)[..., None, None]
+            )
+        if k == '@':
+            return (flat @ flat.transpose(1, 2) @ flat).transpose(1, 2).reshape(n, c, h, w)
+        if k == 'std':
+            return x / (x.std((2, 3), keepdim=True) + x.var(dim=1, keepdim=True) + 1)
+        if k == 'where':
+            return torch.where(x > 0.5, x, torch.zeros_like(x))
+        if k == 'mha':
+            return (
+                self.attention(flat, flat, flat, need_weights=False)[0].transpose(1, 2).reshape(n, c, h, w)
+            )
         if k == 'sdpa':
             return F.scaled_dot_product_attention(flat, flat, flat).transpose(1, 2).reshape(x.shape)
-        if k == 'transposed': return self.up(x)
-        if k == 'instance norm': return self.inorm(x)
-        if k == 'affine': return self.affine(x).relu()
-        if k == 'sync': return self.sync(x)
-        if k == 'residual norm': return x + self.inorm(self.up(x)[:, :, ::2, ::2])
-        if k == 'pointwise': return torch.maximum(x, x.erf()) + torch.lerp(x, x.sin(), .5)
+        if k == 'transposed':
+            return self.up(x)
+        if k == 'instance norm':
+            return self.inorm(x)
+        if k == 'affine':
+            return self.affine(x).relu()
+        if k == 'sync':
+            return self.sync(x)
+        if k == 'residual norm':
+            return x + self.inorm(self.up(x)[:, :, ::2, ::2])
+        if k == 'pointwise':
+            return torch.maximum(x, x.erf()) + torch.lerp(x, x.sin(), 0.5)
         if k == 'branch':
-            if x.shape[-1] % 3: x = F.pad(x, (0, 1))
+            if x.shape[-1] % 3:
+                x = F.pad(x, (0, 1))
             return sum(piece for piece in x.chunk(3, 3))
         raise AssertionError(k)
 
 
-LOOKS = ['cbam', 'named result', 'einsum', '@', 'std', 'where', 'mha', 'sdpa', 'transposed', 'instance norm', 'affine',
-         'sync', 'residual norm', 'pointwise', 'branch']
+LOOKS = [
+    'cbam',
+    'named result',
+    'einsum',
+    '@',
+    'std',
+    'where',
+    'mha',
+    'sdpa',
+    'transposed',
+    'instance norm',
+    'affine',
+    'sync',
+    'residual norm',
+    'pointwise',
+    'branch',
+]
 
 
 @pytest.mark.parametrize('kind', LOOKS)
 def test_networks_that_look(kind: str, tmp_path: Path) -> None:
     model, module = to_the_end(Looks(kind), tmp_path)
-    if kind in ('instance norm', 'affine', 'sync', 'where', 'pointwise', 'branch'): assert not reasons(model)['a']
+    if kind in ('instance norm', 'affine', 'sync', 'where', 'pointwise', 'branch'):
+        assert not reasons(model)['a']
     assert module.last.out_channels < 8
 
 
@@ -365,22 +621,27 @@ def test_the_table_names_what_holds_a_layer() -> None:
 
 
 class OwnForward(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
-class Named(nn.Linear): pass
+class Named(nn.Linear):
+    pass
 
 
 class Same(nn.Conv2d):
     "Pads by the size of its input, as TensorFlow does."
+
     def forward(self, x: Tensor) -> Tensor:
         pad = max(self.kernel_size[0] - 1, 0)
-        if pad > 0: x = F.pad(x, [pad // 2, pad - pad // 2] * 2)
+        if pad > 0:
+            x = F.pad(x, [pad // 2, pad - pad // 2] * 2)
         return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
 
 
 class Standardised(nn.Conv2d):
     "Its weight is computed from another."
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
@@ -407,16 +668,26 @@ def test_convolutions_of_a_class_of_its_own_are_cut(method: str, tmp_path: Path)
 
 class SideExit(nn.Module):
     "Answers twice while it is trained, in one of several ways."
+
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind, self.stem, self.a, self.b = kind, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-        self.side, self.head = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 4)), nn.Linear(8, 4)
+        self.kind, self.stem, self.a, self.b = (
+            kind,
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 1),
+        )
+        self.side, self.head = (
+            nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 4)),
+            nn.Linear(8, 4),
+        )
 
     def forward(self, x: Tensor) -> Any:
         x = self.a(self.stem(x).relu()).relu()
         side = self.side(x) if self.training else None
         answer = self.head(self.b(x).relu().mean((2, 3)))
-        if not self.training: return answer
+        if not self.training:
+            return answer
         return dict(tuple=(answer, side), list=[answer, side])[self.kind]
 
 
@@ -430,31 +701,46 @@ def test_a_side_exit_is_kept_whole(kind: str, tmp_path: Path) -> None:
 
 def test_googlenet_and_inception_as_they_come(tmp_path: Path) -> None:
     from torchvision import models
+
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     net = models.googlenet(weights=None, num_classes=4, init_weights=False)
     model = modularize(net, 4, example_input=x)
     assert 'aux1.conv.conv runs in training only' in set(reasons(model).values())
-    with pytest.raises(ValueError, match='not in training, with images of size .3, 75, 75.*aux_logits=False'):
-        modularize(models.inception_v3(weights=None, num_classes=4, init_weights=False), 4,
-                   example_input=torch.randn(2, 3, 75, 75))
+    with pytest.raises(
+        ValueError, match='not in training, with images of size .3, 75, 75.*aux_logits=False'
+    ):
+        modularize(
+            models.inception_v3(weights=None, num_classes=4, init_weights=False),
+            4,
+            example_input=torch.randn(2, 3, 75, 75),
+        )
 
 
 class Hooked(Base):
-    def middle(self, x: Tensor) -> Tensor: return x
+    def middle(self, x: Tensor) -> Tensor:
+        return x
 
 
 def test_what_a_file_cannot_hold_is_said_before_training() -> None:
     class Needs(Base):
-        def middle(self, x: Tensor) -> Tensor: return x * x[x > 0].mean()
+        def middle(self, x: Tensor) -> Tensor:
+            return x * x[x > 0].mean()
 
     class Draws(Base):
-        def middle(self, x: Tensor) -> Tensor: return x + torch.rand_like(x)
+        def middle(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
 
     hooked, pruned = Base(), Base()
     hooked.a.register_forward_hook(lambda layer, args, out: out * 2)
     pruned.a.register_buffer('kept', torch.ones(8))
-    for net, says in ((Needs(), 'depends on the values'), (hooked, 'hook'), (pruned, 'a: this'), (Draws(), 'changes')):
-        with pytest.raises(ValueError, match=says): modularize(net, 4, example_input=X)
+    for net, says in (
+        (Needs(), 'depends on the values'),
+        (hooked, 'hook'),
+        (pruned, 'a: this'),
+        (Draws(), 'changes'),
+    ):
+        with pytest.raises(ValueError, match=says):
+            modularize(net, 4, example_input=X)
 
 
 def test_steps_name_operations_of_every_spelling() -> None:

@@ -177,7 +177,8 @@ def finish(self: ChannelTracker, node: fx.Node) -> None:
 def find_heads(self: ChannelTracker) -> None:
     "Let the last layer be the head. Raises `ValueError` where answers cannot be cut one by one."
     answer = self.groups.root[self.answer]
-    written = {n: self.groups.root[layer.writes] for n, layer in self.layers.items() if layer.reads is not None}
+    written = {n: self.groups.root[layer.writes] for n, layer in self.layers.items()
+               if layer.reads is not None}
     heads = [n for n, roots in written.items() if torch.equal(roots, answer)]
     if not heads: return                    # the map of channels says what is missing
     self.answer = self.layers[heads[-1]].writes
@@ -664,7 +665,8 @@ def keeps_zeros(self: ChannelTracker,
     def zeros(n: fx.Node) -> Any:
         value = self.env[n]
         if not isinstance(value, Tensor): return value
-        return torch.zeros(shape, dtype=value.dtype, device=self.example.device) if self.is_activation(n) else None
+        if not self.is_activation(n): return None
+        return torch.zeros(shape, dtype=value.dtype, device=self.example.device)
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), zeros)
     numbers = [n for n in node.all_input_nodes if not self.is_activation(n)]
@@ -705,6 +707,7 @@ def elementwise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None)
     if not one or activation.ids.shape != tracker.env[node].shape: return unknown(tracker, node, layer)
     return _if_zeros_stay(tracker, node, layer, activation.ids, (1, 1, 1, 1))
 
+# %% ../../nbs/04_channels/03_rules.ipynb #93d46923
 def of_several(
     tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None,
     read: list[Activation], # what it reads, each by itself

@@ -69,10 +69,12 @@ class ActivationCut:
         "The root of each channel of an activation, in order."
         return self.root[first_of(self.flows[node].ids, 1)]
 
-    def channels_last(self, node: fx.Node) -> bool:
-        "Do channels vary along another dimension than the second, where masks stand?"
-        flow = self.flows[node]
-        return isinstance(flow, list) or bool(set(varying(flow.ids)) - {1})
+# %% ../../nbs/04_channels/06_uncoupled.ipynb #5047a569
+@patch
+def channels_last(self: ActivationCut, node: fx.Node) -> bool:
+    "Do channels vary along another dimension than the second, where masks stand?"
+    flow = self.flows[node]
+    return isinstance(flow, list) or bool(set(varying(flow.ids)) - {1})
 
 # %% ../../nbs/04_channels/06_uncoupled.ipynb #3f889bde
 @patch

@@ -392,6 +392,7 @@ def begin_fit(
     run = _prepared(model, data, config, steps, compile)
     return Fit(run, data, epochs, seed, fingerprint=fingerprint, **files)
 
+# %% ../../nbs/07_train/04_fit.ipynb #1632cd06
 def fit(
     model: nn.Module, # a plain network, a modular one or a module; trained in place
     data: Any, # `ImageData`, or two data loaders (train, valid): one is learned, one chooses the epoch
