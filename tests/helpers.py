@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from mwt.core.signature import weights_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
@@ -43,12 +44,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     "A copy of the weights and buffers."
-    return {k: v.clone() for k, v in model.state_dict().items()}
+    return {k: v.clone() for k, v in weights_of(model).items()}
 
 
 def same_state(a: nn.Module | Mapping[str, Tensor], b: nn.Module | Mapping[str, Tensor]) -> bool:
     "The same names and the same bits, buffers too."
-    a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
+    a, b = (weights_of(x) if isinstance(x, nn.Module) else x for x in (a, b))
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 

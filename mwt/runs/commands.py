@@ -248,14 +248,14 @@ def _warn(
     text = ' '.join(str(message).split())
     with suppress(OSError): print(f'mwt: warning: {text}', file=file or sys.stderr, flush=True)
 
-def delivered() -> None:
-    "Raises `OSError` where what was printed does not arrive."
-    try: sys.stdout.flush()
-    except OSError as e:
-        with suppress(OSError, ValueError):             # nothing more can be said there
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(f"the work is done, but what was to be said does not arrive ({e}); look at "
-                      "where the output goes") from e
+def undelivered(
+    error: BaseException, # that ended a command
+) -> OSError | None: # what to say of it; `None` where it is something else
+    "Is it that what a command says does not arrive?"
+    if not isinstance(error, OSError) or error.filename or not str(error).startswith('[Errno'): return None
+    with suppress(OSError, ValueError):                 # nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OSError(f"what was to be said does not arrive ({error}); look at where the output goes")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #4f6dc89a
 def run_command(
@@ -271,10 +271,11 @@ def run_command(
                 raise ValueError('torchrun is for mwt train and mwt decompose; '
                                  'call the other commands by themselves')
             globals()[f'cmd_{name}'](**options)
-            delivered()
+            sys.stdout.flush()
         except BaseException as e:
             if debug: raise
             undisturbed()
+            e = undelivered(e) or e
             with suppress(OSError): print(one_line(e), file=sys.stderr, flush=True)
             return 2
     return 0
