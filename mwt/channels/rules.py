@@ -197,9 +197,10 @@ def answers_mixed(self: ChannelTracker,
     root, reasons = self.groups.root, self.groups.reasons()
     found = [reasons[i] for i in answer.tolist() if i in reasons]
     if len(answer.unique()) < len(answer): found.append('it is viewed in a constant size')
-    for name in others:
-        layer = self.layers[name]
-        if torch.isin(root[torch.cat([layer.reads, layer.writes])], answer).any(): found.append(name)
+    for name, layer in self.layers.items():
+        if layer.reads is None: continue
+        touched = [layer.reads, *([layer.writes] if name in others else [])]    # a head writes answers
+        if torch.isin(root[torch.cat(touched)], answer).any(): found.append(name)
     for path, ids in self.tensors.items():
         touched, dims = torch.isin(root[ids], answer), varying(ids)
         if touched.any() and (len(dims) > 1 or ids.numel() != len(answer)): found.append(path)
