@@ -96,7 +96,7 @@ class SlimModule(Signed):
         "What it takes and answers; parts of a composed module may each normalise in their own way."
         found = [getattr(self, name, None) for name in STATISTICS]
         mean, std = (None if t is None or t.is_meta else t.tolist() for t in found)
-        shape = list(self.input_shape) if 'pixels' in self.description else None
+        shape = list(self.input_shape) if self.takes_pixels else None       # otherwise a guess
         return Signature(self.classes, shape, mean, std)
 
     @signature.setter
