@@ -43,7 +43,7 @@ data = from_tensors(split, split, split, batch_size=16, augment=None, device='cp
 model = modularize(nets[.1], 4, target_krr=.3)
 fit(model, data, epochs=4, show_progress=False)          # trains without closed kernels from half of it on
 module = extract(model, decompose(model, data.train, show_progress=False), ['0', '2'])
-print('module', .1, difference(module, images, labels % 2))
+print('module', .1, difference(module, images.sigmoid(), labels % 2))
 '''
 
 
