@@ -1,7 +1,9 @@
 "What all tests share: this checkout's package, one thread and little memory a process."
 from __future__ import annotations
 import ctypes, gc, os, resource, subprocess, sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,3 +69,20 @@ def files() -> list[Path]:
     listed = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode: pytest.skip('needs git and a checkout')
     return [Path(p) for p in sorted(set(listed.stdout.split('\0'))) if p and (ROOT/p).is_file()]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    "Runs a command that is to be refused, in this process; the one line that it says on its way out."
+    from mwt.runs.cli import main
+
+    def call(*words: Any) -> str:
+        capsys.readouterr()
+        try: status = main([str(w) for w in words])
+        except SystemExit as e: status = e.code         # argparse leaves so
+        out, err = capsys.readouterr()
+        assert status == 2, out + err
+        assert err.startswith('mwt: ') and err.count('\n') == 1 and len(err) < 2500, err
+        assert 'Traceback' not in err
+        return err
+    return call

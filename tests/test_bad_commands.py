@@ -35,19 +35,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path/'run'))
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    "The one line that a command says on its way out."
-    def call(*words: Any) -> str:
-        capsys.readouterr()
-        assert command(*words) == 2
-        out, err = capsys.readouterr()
-        assert err.startswith('mwt: ') and err.count('\n') == 1
-        assert len(err) < 2500 and 'Traceback' not in err
-        return err
-    return call
-
-
 # Train
 
 OUT_OF_RANGE = {

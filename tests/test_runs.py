@@ -31,18 +31,10 @@ def here(*words: Any) -> int:
     return main([str(w) for w in words])
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    "The one line that a command says on its way out."
-
-    def call(*words: Any) -> str:
-        capsys.readouterr()
-        assert here(*words) == 2
-        err = capsys.readouterr().err
-        assert err.startswith('mwt: ') and err.count('\n') == 1 and 'Traceback' not in err, err
-        return err
-
-    return call
+def small(folder: Path, epochs: int = 1) -> list[Any]:
+    "The words of a short run on few pictures."
+    quick = ['--width', 0.1, '--epochs', epochs, '--batch-size', 8, '--device', 'cpu']
+    return ['--root', folder / 'data', *quick]
 
 
 @pytest.fixture(scope='module')
@@ -214,26 +206,7 @@ def test_images_that_have_changed_are_refused(
 ) -> None:
     names = [f'{c}/{i}.png' for c in ('cat', 'dog') for i in range(12)]
     images, out = pictures(tmp_path / 'images', names), tmp_path / 'run'
-    words = [
-        'train',
-        '--data',
-        images,
-        '--root',
-        tmp_path / 'data',
-        '--width',
-        0.1,
-        '--epochs',
-        3,
-        '--batch-size',
-        8,
-        '--device',
-        'cpu',
-        '--out',
-        out,
-    ]
-    if not hasattr(image_data(images, tmp_path / 'data', 8, device='cpu'), 'fingerprint'):
-        counts = property(lambda self: dict(first=int(self.train.images[0].sum())))
-        monkeypatch.setattr(ImageData, 'fingerprint', counts, raising=False)
+    words = ['train', '--data', images, '--out', out, *small(tmp_path, epochs=3)]
     with monkeypatch.context() as m:
         stop_in(2, m)
         refused(*words)
@@ -376,18 +349,7 @@ ANIMALS = ['lion', 'salt, pepper', 'sea', 'sea-lion', '-x']
 def test_classes_on_the_command_line(tmp_path: Path, refused: Callable) -> None:
     images = pictures(tmp_path / 'images', [f'{c}/{i}.png' for c in ANIMALS for i in range(10)])
     out = tmp_path / 'run'
-    words = [
-        '--root',
-        tmp_path / 'data',
-        '--width',
-        0.1,
-        '--epochs',
-        1,
-        '--batch-size',
-        8,
-        '--device',
-        'cpu',
-    ]
+    words = small(tmp_path)
     assert (
         here('train', '--data', images, '--out', out, *words) == 0 and here('decompose', '--out', out) == 0
     )

@@ -18,7 +18,7 @@ from .trace import _traced, known_class, tidy_
 from .groups import Activation, ChannelGroups, compact, varying
 
 # %% auto #0
-__all__ = ['Rule', 'RULES', 'BATCH', 'SAME_VALUES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker', 'full_name']
+__all__ = ['Rule', 'RULES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker']
 
 # %% ../../nbs/04_channels/03_rules.ipynb #286d2c70
 Rule = Callable[['ChannelTracker', fx.Node, nn.Module | None], Any]
@@ -48,9 +48,10 @@ def spellings(
         found += [getattr(operator, f'i{name}', None), layers.get(name.replace('_', ''))]
     return [f for f in dict.fromkeys(found) if isinstance(f, str) or callable(f)]
 
-# %% ../../nbs/04_channels/03_rules.ipynb #0355fbd7
+# %% ../../nbs/04_channels/03_rules.ipynb #a6abbbb6
 BATCH = 5       # images to follow: a number that other dimensions seldom have
 
+# %% ../../nbs/04_channels/03_rules.ipynb #0355fbd7
 @dataclass
 class ChannelLayer:
     "A layer with parameters along its channels, and the numbers of these channels."
