@@ -31,7 +31,7 @@ from .history import History, TrainConfig, make_config
 from .trainer import Trainer, is_out_of_memory, prefixed, those_of, train_epoch
 
 # %% auto #0
-__all__ = ['begin_fit', 'fit']
+__all__ = ['fit']
 
 # %% ../../nbs/07_train/04_fit.ipynb #cbdeae22
 def check_fit(
@@ -145,8 +145,9 @@ def lost(self: Fit,
 ) -> FloatingPointError: # to be raised
     "An error that says what to try, and where the best weights are."
     epoch = len(self.history.rows) + 1
-    remedy = f'try a lower lr than {self.run.config.lr:g}, a longer warmup, or amp=False'
-    if not self.run.amp: remedy = remedy.replace(', a longer warmup, or amp=False', ' or a longer warmup')
+    last = ' or a longer warmup'
+    if self.run.amp: last = ', a longer warmup, or amp=False'
+    remedy = f'try a lower lr than {self.run.config.lr:g}{last}'
     kept = ''
     if self.history.best_epoch and self.checkpoint:
         kept = f'; the weights of epoch {self.history.best_epoch} are in {self.checkpoint}'
@@ -160,10 +161,11 @@ def check_finite(self: Fit,
     "Raises `FloatingPointError` where the run has been lost."
     loss = row['loss']
     first = max([math.log(self.data.n_classes), *self.history.series('loss')[:1]])
-    if not math.isfinite(loss): raise self.lost(f'the loss became {loss}')
-    if loss > EXPLODED * first: raise self.lost(f'the loss grew to {loss:.3g}, from {first:.3g},')
+    if not math.isfinite(loss): raise FloatingPointError(f'the loss became {loss}')
+    if loss > EXPLODED * first:
+        raise FloatingPointError(f'the loss grew to {loss:.3g}, from {first:.3g},')
     finite = torch.stack([t.isfinite().all() for t in weights_of(self.model).values()])
-    if not finite.all(): raise self.lost('weights became infinite or NaN')
+    if not finite.all(): raise FloatingPointError('weights became infinite or NaN')
 
 # %% ../../nbs/07_train/04_fit.ipynb #e4efb8a1
 @patch
@@ -173,7 +175,7 @@ def explained(self: Fit) -> Iterator[None]:
     short = None
     try: yield
     except FloatingPointError as e:
-        raise e if 'try a lower lr' in str(e) else self.lost(str(e)) from None
+        raise self.lost(str(e)) from None
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e): raise
         short = str(e).split('. ')[0].split('\n')[0] or type(e).__name__
