@@ -38,7 +38,7 @@ class Tracer(fx.Tracer):
         self.known = known
         self.example = example
         self.ends: dict[fx.Node, list[str]] = {}    # operation -> layers that end there
-        self.decisions: set[fx.Node] = set()        # sizes that chose the operations behind them
+        self.decisions: dict[fx.Node, None] = {}    # sizes that chose operations, in order
         self.values: dict[fx.Node, Any] = {}        # results, without the values of tensors
         self.computing = False                      # are such results computed just now?
         self.weightless: nn.Module | None = None    # the network to compute them with
@@ -99,7 +99,7 @@ def decided(self: Tracer, proxy: fx.Proxy) -> Any: # a number, a flag, a tuple, 
     "What the forward pass asks a result for. Raises `TraceError` for the values of a tensor."
     value = self.value(proxy.node)
     if isinstance(value, Tensor): raise fx.proxy.TraceError(BRANCHES)
-    self.decisions.add(proxy.node)
+    self.decisions[proxy.node] = None
     return value
 
 @patch
