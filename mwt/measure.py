@@ -217,14 +217,14 @@ def profiles(
     for model in models: check_is_network(model)
     device = device_of(models[0])
     x = torch.rand(batch_size, *_input_shape(models[0]), device=device)
-    x = x.to(input_dtype(models[0]))
-    calls = {str(i): partial(m, x) for i, m in enumerate(models)}
+    inputs = [x.to(input_dtype(m)) for m in models]
+    calls = {str(i): partial(m, x) for i, (m, x) in enumerate(zip(models, inputs))}
     with ExitStack() as stack:
         for m in models: stack.enter_context(evaluating(m))
         times = time_in_turns(calls, device, repeats)
     latencies = [t['seconds'] for t in times.values()]
     return [Profile(count_params(m), count_flops(m, x), latency, batch_size)
-            for m, latency in zip(models, latencies)]
+            for m, x, latency in zip(models, inputs, latencies)]
 
 # %% ../nbs/06_measure/01_measure.ipynb #df951633
 def _profile_row(

@@ -92,7 +92,7 @@ def _sync(path: Path) -> None:
 def _write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     "Write to a temporary neighbour and rename that."
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:100]}.')
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem[:80]}{path.suffix}.')
     os.close(handle)
     try:
         write(Path(temporary))

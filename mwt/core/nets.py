@@ -54,8 +54,8 @@ def input_dtype(
 ) -> torch.dtype: # that of its weights, unless it says otherwise
     "The type of the images that a network takes."
     if hasattr(model, 'input_dtype'): return model.input_dtype()
-    found = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return found[0] if found else torch.float32
+    found = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(found, torch.float32)
 
 # %% ../../nbs/01_core/05_nets.ipynb #c375e4ab
 def copy_of(

@@ -61,6 +61,13 @@ def own_rows(
     rank, n = rank_and_size()
     return x.chunk(n)[rank]
 
+# %% ../../nbs/01_core/04_processes.ipynb #e027be54
+def meet(
+    device: torch.device, # of this process
+) -> None:
+    "Wait until all processes have come here."
+    global_sum(torch.zeros((), device=device)).item()
+
 # %% ../../nbs/01_core/04_processes.ipynb #6556787e
 def _own_gpu() -> torch.device:
     "The GPU with the number that this process has on its machine."

@@ -646,6 +646,7 @@ def from_tensors(
     augment: Augment | str | None = 'auto', # 'auto': move by an eighth of the side, mirror
     device: str | torch.device | None = None, # `None` picks CUDA where there is one
     show_progress: bool = True, # a progress bar while images in files are measured
+    fingerprint: str | None = None, # of the images, for runs that are resumed; `None` computes it
 ) -> ImageData:
     "Training, validation and test batches from images in memory, or from files by `image_files`."
     device = _check_options(batch_size, seed, valid, augment, device)
@@ -654,7 +655,7 @@ def from_tensors(
     given = dict(train=train, test=test)
     if isinstance(valid, tuple): given['valid'] = valid
     splits = _check_splits(given, classes)
-    fingerprint = splits_fingerprint(splits, classes)
+    if fingerprint is None: fingerprint = splits_fingerprint(splits, classes)
     if 'valid' not in splits: splits = _hold_out(splits, classes, valid, seed)
     augment = _choose_augment(augment, splits['train'][0].shape)
     data = _make_data(splits, classes, batch_size, seed, augment, device, show_progress)

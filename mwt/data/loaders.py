@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from ..core.checks import check_range, resolve_device
 from .batches import Batches, ImageData, SplitData, _check_classes
-from ..core.signature import Signature, signature_of
+from ..core.signature import Signature, check_pixels, signature_of
 from .labels import check_labels, class_indices
 
 # %% auto #0
@@ -111,6 +111,7 @@ def _class_names(
 class LoaderBatches:
     "A loader's batches, as `fit`, `evaluate` and `decompose` take them."
     shared = False # always all samples, in one process
+    for_module = False # must the images be pixels?
 
     def __init__(self,
         source: Iterable, # gives pairs (images, labels), again and again
@@ -152,6 +153,7 @@ def __iter__(self: LoaderBatches) -> Iterator[tuple[Tensor, Tensor]]: # images f
         images, labels = _check_batch(batch, n)
         if not as_given: images, labels = self._chosen(images, labels)
         if not len(labels): continue
+        if self.for_module: check_pixels(images)
         images = images.to(self.device, torch.float32, non_blocking=True)
         yield images, labels.to(self.device, non_blocking=True)
 
@@ -229,9 +231,11 @@ def normalised_by(self: LoaderBatches,
     return self
 
 @patch
-def pixels(self: LoaderBatches) -> LoaderBatches: # itself
-    "The same batches; a module looks for itself whether they are pixels."
-    return self
+def pixels(self: LoaderBatches) -> LoaderBatches: # the same, for a module
+    "The same batches; going through them raises `ValueError` where they are no pixels."
+    found = copy(self)
+    found.for_module = True
+    return found
 
 # %% ../../nbs/02_data/07_loaders.ipynb #fd32f542
 @patch
@@ -372,8 +376,11 @@ def check_shape(
     if known is None or known.shape is None: return
     if list(batches.shape) == list(known.shape): return
     channels, height, width = known.shape
+    way = "give images of that shape"
+    if batches.shape[0] == channels and height == width: way = f"read the images with size={height}"
     raise ValueError(f"the network takes images of {channels} channels and {height}x{width} pixels, "
-                     f"the data has {tuple(batches.shape)}; read the images with size={height}")
+                     f"the data has {tuple(batches.shape)}; {way}, or set the network's .signature "
+                     "to None if it takes others as well")
 
 # %% ../../nbs/02_data/07_loaders.ipynb #28dcb1f2
 def taken_by(

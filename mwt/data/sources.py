@@ -240,7 +240,6 @@ def image_data(
     else: splits, classes, fingerprint = _named_splits(source, root, valid, seed, size)
     if augment == 'auto':
         augment = _auto_augment(splits['train'][0].shape, flip=source not in ('digits', 'svhn'))
-    data = from_tensors(**splits, classes=classes, batch_size=batch_size, seed=seed,
-                        augment=augment, device=device, show_progress=show_progress)
-    data.fingerprint = fingerprint
-    return data
+    return from_tensors(**splits, classes=classes, batch_size=batch_size, seed=seed,
+                        augment=augment, device=device, show_progress=show_progress,
+                        fingerprint=fingerprint)

@@ -16,6 +16,7 @@ from ..core.processes import global_rows, global_sum, own_rows
 from ..channels.mapping import ChannelMap
 from .losses import class_sums
 from .base import Masks, Method, cross_entropy
+from .modular import GOLDEN
 from .shared import SharedMasks, coupled_masks, number_units, union
 
 # %% auto #0
@@ -116,8 +117,6 @@ def score_threshold(
 
 
 # %% ../../nbs/05_methods/09_composable.ipynb #87b053ad
-GOLDEN = 0.6180339887498949
-
 def tie_rank(
     n: int, # units
     device: torch.device | str = 'cpu', # where they are

@@ -211,7 +211,7 @@ def choose_layers(
     return method.choose(replace(channels, infos=infos))
 
 # %% ../../nbs/05_methods/04_modular.ipynb #f5dcff91
-GOLDEN = 0.6180339887498949
+GOLDEN = 0.6180339887498949         # multiples of it, modulo 1, are spread evenly
 
 def trial_masks(
     sets: Mapping[str, Tensor], # masked layer -> (kernels,), the set of coupled kernels of each
@@ -229,9 +229,10 @@ def check_cut(
     x, masks = model.example(), trial_masks(model.masks.coupled_sets())
     with evaluating(model), untouched(model), fixed_masks(model, masks): expected = model(x)
     with torch.no_grad(): found = model.cut(masks)(x)
-    coarse = x.device.type != 'cpu' or x.dtype in (torch.float16, torch.bfloat16)
+    margin = 1e-3 if x.device.type == 'cpu' else .02            # GPUs may round to TF32
+    if x.dtype in (torch.float16, torch.bfloat16): margin = .1
     error, size = (found - expected).abs().max(), expected.abs().max()
-    if not expected.isfinite().all() or error <= (.1 if coarse else 1e-3) * size: return
+    if not expected.isfinite().all() or error <= margin * size: return
     raise ValueError(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
                      f'computes something else than with them switched off (by {error:.2g}, where '
                      f'logits are of size {size:.2g}). Something reads zeros as something else, or '

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -206,6 +207,7 @@ def flat(
     "The settings that make a run what it is."
     data = {k: v for k, v in settings['data'].items() if k not in ELSEWHERE}
     config = asdict(make_config(None, **settings.get('config', {})))
+    del config['accumulate']            # how a batch is learned, not what
     method = dict(method=None)
     if settings['method']: method = describe_method(make_method(**settings['method']))
     rest = {k: settings[k] for k in ('model', 'width', 'epochs', 'seed')}
@@ -221,6 +223,16 @@ def check_same_settings(
         raise ValueError(f"{run.folder} holds a complete run with {name} {there[name]!r}, not "
                          f"{value!r}; name another folder, or start afresh by --overwrite")
 
+def check_same_source(
+    run: Run, # whose folder holds one that is complete
+) -> None:
+    "Raises `ValueError` where the folder's run was made from other images, wherever they lie now."
+    there = Run.open(run.folder).settings
+    old, new = there['data']['source'], run.settings['data']['source']
+    if old == new or run.data('cpu').fingerprint == there.get('fingerprint'): return
+    raise ValueError(f"{run.folder} holds a complete run of {old}, whose images are not those of "
+                     f"{new}; name another folder, or start afresh by --overwrite")
+
 # %% ../../nbs/09_runs/01_run.ipynb #8d7aed14
 @patch(cls_method=True)
 def create(cls: Run,
@@ -234,9 +246,12 @@ def create(cls: Run,
     run = cls(folder, run_settings(data, **settings), overwrite)
     run.resuming = resume and run.state == 'stopped'
     run.done = resume and run.state == 'complete' and not overwrite
-    if run.done: check_same_settings(run)
-    elif run.resuming: check_free(folder)
-    else: check_folder(folder, overwrite)
+    first = rank_and_size()[0] == 0         # asks for all processes that share the run
+    if run.done:
+        check_same_settings(run)
+        check_same_source(run)
+    elif first and run.resuming: check_free(folder)
+    elif first: check_folder(folder, overwrite)
     return run
 
 # %% ../../nbs/09_runs/01_run.ipynb #b86d0611
@@ -293,7 +308,16 @@ def data(self: Run,
         if not self.path('settings').is_file(): raise
         raise FileNotFoundError(f"{e}. If the images have moved since training, say where they "
                                 "are: --data (Run.open(folder, data=...))") from e
+    self._warn_of_changes(self._data[device])
     return self._data[device]
+
+@patch
+def _warn_of_changes(self: Run, data: ImageData) -> None:
+    "Say so where the images are no longer those of the training."
+    before = self.settings.get('fingerprint')
+    if before in (None, data.fingerprint) or rank_and_size()[0]: return
+    warnings.warn(f"the images in {self.settings['data']['source']} have changed since training; "
+                  "figures are of the images as they are now")
 
 # %% ../../nbs/09_runs/01_run.ipynb #7472b1e7
 @patch

@@ -9,7 +9,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.checks import check_range
-from ..core.processes import rank_and_size
+from ..core.processes import meet, rank_and_size
 from ..data.batches import ImageData
 from ..methods.modular import ModularModel, mask_table
 from ..train.fit import Fit, begin_fit
@@ -35,9 +35,12 @@ def _prepare_(
     run.settings |= dict(environment=here, classes=list(data.classes), channels=data.channels,
                          fingerprint=call.fingerprint)
     run.begun = True
-    if rank_and_size()[0]: return
-    if not run.resuming: clear_run_(run_folder(run.folder, run.overwrite))
-    clear_scraps_(run.folder)
+    if rank_and_size()[0] == 0:
+        if not run.resuming: clear_run_(run_folder(run.folder, run.overwrite))
+        clear_scraps_(run.folder)
+    meet(data.device)           # until then the others could find what an earlier run has left
+
+READING = 'size', 'valid', 'white', 'skip_broken'       # what images are learned, and how they look
 
 def _begin(
     run: Run, # new, or stopped
@@ -50,8 +53,10 @@ def _begin(
         raise FileExistsError(f"{run.folder} has changed meanwhile: its run is {run.state} now; "
                               "give the command again")
     s = run.settings
+    reading = {name: s['data'][name] for name in READING}
     return begin_fit(model, data, s['epochs'], TrainConfig(**s['config']), s['seed'], data.device,
-                     compile, checkpoint=run.path('model'), resume=run.path('resume'))
+                     compile, checkpoint=run.path('model'), resume=run.path('resume'),
+                     reading=reading)
 
 # %% ../../nbs/09_runs/02_steps.ipynb #659d58b7
 @patch

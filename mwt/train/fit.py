@@ -5,6 +5,7 @@
 # %% ../../nbs/07_train/04_fit.ipynb #e639052f
 from __future__ import annotations
 import math
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,6 +125,7 @@ class Fit:
     checkpoint: str | Path | None = None    # file of the best weights
     resume: str | Path | None = None        # file of the run itself
     fingerprint: Any = None                 # of the images, as `ImageData` has it
+    reading: dict[str, Any] = field(default_factory=dict)   # how they were read, by name
     history: History = field(default_factory=History)
     best: dict[str, Tensor] = field(default_factory=dict)   # weights of the best epoch
 
@@ -179,7 +181,7 @@ def explained(self: Fit) -> Iterator[None]:
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e): raise
         short = str(e).split('. ')[0].split('\n')[0] or type(e).__name__
-        e.__traceback__ = None
+        traceback.clear_frames(e.__traceback__)     # they hold what the step has computed
     if short is not None: raise self.run.out_of_memory(short)
 
 # %% ../../nbs/07_train/04_fit.ipynb #8bcd5e12
@@ -232,6 +234,7 @@ def settings(self: Fit) -> dict[str, Any]: # JSON-able
     train = self.data.train
     found = dict(epochs=self.epochs, seed=self.seed)
     found |= dict(batch_size=train.batch_size, batches=len(train), classes=list(train.classes))
+    found |= dict(shape=list(train.shape)) | self.reading
     found |= dict(method=method) | asdict(self.run.config)
     del found['accumulate']             # how a batch is learned, not what
     return found
@@ -293,7 +296,7 @@ def check_same_run(
 ) -> None:
     "Raises `ValueError` for a run of another kind."
     for name, value in settings.items():
-        if there.get(name) == value: continue
+        if there.get(name, value) == value: continue        # an older version did not note it
         raise ValueError(f"{path} holds a run with {name} {there.get(name)!r}, not {value!r}; give "
                          "the same settings to go on with it, or remove the file to start anew")
 
@@ -377,7 +380,7 @@ def begin_fit(
     seed: int,
     device: str | torch.device | None,
     compile: bool | str,
-    **files: Any, # `checkpoint` and `resume`
+    **files: Any, # `checkpoint` and `resume`, and `reading` as `Fit` has it
 ) -> Fit:
     "Check everything; nothing is trained or written yet."
     check_range('epochs', epochs, 1, integer=True)

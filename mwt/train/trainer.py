@@ -146,7 +146,7 @@ def backward_(self: Trainer,
     self.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     progress = (self.done + piece / pieces) / self.steps
-    ask(self.net, 'after_backward', labels, progress, self.done * pieces + piece)
+    ask(self.net, 'after_backward', labels, progress, self.done * self.config.accumulate + piece)
     return logged | dict(loss=loss.detach())
 
 # %% ../../nbs/07_train/03_trainer.ipynb #90738644
@@ -156,8 +156,8 @@ def accumulate_(self: Trainer,
     labels: Tensor, # (batch,), integers from 0
 ) -> dict[str, Tensor]: # the loss and what it is made of: detached scalars
     "Set the gradients of a batch, piece by piece."
-    n = self.config.accumulate
-    pieces = list(zip(images.chunk(n), labels.chunk(n)))
+    n = min(self.config.accumulate, max(1, len(labels) // 2))       # norms need two images
+    pieces = list(zip(images.tensor_split(n), labels.tensor_split(n)))
     total: dict[str, Tensor] = {}
     grads: dict[nn.Parameter, Tensor] = {}
     for i, piece in enumerate(pieces, 1):
@@ -165,7 +165,10 @@ def accumulate_(self: Trainer,
         weight = len(piece[1]) / len(labels)
         add_up(total, {name: weight * value for name, value in logged.items()})
         for p in self.net.parameters():
-            if p.grad is not None: grads[p] = weight * p.grad + grads.get(p, 0)
+            if p.grad is None: continue
+            if p in grads: grads[p].add_(p.grad, alpha=weight)
+            else: grads[p] = p.grad.mul_(weight)
+            p.grad = None
     for p, grad in grads.items(): p.grad = grad
     return total
 
@@ -253,15 +256,18 @@ def out_of_memory(self: Trainer,
     if self.batch is None:
         return torch.OutOfMemoryError(f"not enough memory on {self.device} ({why}); "
                                       "take a smaller batch_size, or smaller images")
+    world = rank_and_size()[1]
     size = len(self.batch[1])
-    said = f"not enough memory on {self.device} for batches of {size} images ({why})"
+    said = f"not enough memory on {self.device} for batches of {world * size} images ({why})"
     found = self.size_that_fits()
     if not found:
         return torch.OutOfMemoryError(f"{said}, nor for smaller ones; take smaller images, or a "
                                       "smaller network (width)")
     n = -(-size // found)
-    return torch.OutOfMemoryError(f"{said}; batch_size={found} fits, and so does accumulate={n}, "
-                                  f"which learns batches of {size} in {n} pieces")
+    fits = f"batch_size={found} fits, and so does accumulate={n}"
+    if world > 1: fits = f"batch_size={world * found} may fit, and so may accumulate={n}"
+    return torch.OutOfMemoryError(f"{said}; {fits}, which learns batches of {world * size} in "
+                                  f"{n} pieces")
 
 # %% ../../nbs/07_train/03_trainer.ipynb #14fd49b9
 def _gather(
