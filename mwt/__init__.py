@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 # Where each public name is at home. It is imported on first use, since PyTorch takes seconds.
 _HOMES = {
     'core.display': 'Table percent',
+    'core.errors': 'MwtError',
     'data.augment': 'Augment',
     'data.batches': 'Batches ImageData from_tensors',
     'data.sources': 'image_data',

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/10_all.ipynb #eda73c96
 from .core.display import Table, percent
+from .core.errors import MwtError
 from .data.augment import Augment
 from .data.batches import Batches, ImageData, from_tensors
 from .data.sources import image_data

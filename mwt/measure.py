@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core.accepted import check_answer, check_is_network
 from .core.checks import check_choice, check_range
 from .core.display import Table, percent
+from .core.errors import WrongValue
 from .core.processes import global_sum
 from .core.nets import device_of, evaluating, input_dtype, untouched
 from .core.signature import Signature, signature_of
@@ -65,9 +66,9 @@ def check_names(
     there = list(batches.classes)
     for name in chosen: check_choice('class', name, known)
     if not set(chosen) & set(there):
-        raise ValueError(f"the network tells {list(known)} apart, the data has {there}; none is in both")
+        raise WrongValue(f"the network tells {list(known)} apart, the data has {there}; none is in both")
     if missing := [c for c in chosen if c not in there]:
-        raise ValueError(f"the network tells {list(known)} apart, the data has {there}, without "
+        raise WrongValue(f"the network tells {list(known)} apart, the data has {there}, without "
                          f"{missing}; say classes=[...] to judge it on those that both have")
 
 # %% ../nbs/06_measure/01_measure.ipynb #528efa00
@@ -80,7 +81,7 @@ def check_channels(
     takes = input_channels(model)
     has = found_batches(model, batches).shape[0]
     if takes != has and not _accepts(model, found_batches(model, batches)):
-        raise ValueError(f"the network takes images of {takes} channels, the data has {has}; "
+        raise WrongValue(f"the network takes images of {takes} channels, the data has {has}; "
                          f"make the network with in_channels={has}")
 
 def _accepts(model: nn.Module, batches: Batches | LoaderBatches) -> bool:
@@ -97,7 +98,7 @@ def _logits(model: nn.Module, images: Tensor, n: int) -> Tensor:
     logits = model(images.to(input_dtype(model)))
     check_answer(model, logits)
     if logits.shape[1] == n: return logits
-    raise ValueError(f"the network answers for {logits.shape[1]} classes, the data has {n}; "
+    raise WrongValue(f"the network answers for {logits.shape[1]} classes, the data has {n}; "
                      "pass data of the classes that the network was made for")
 
 def confusion(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from .core.checks import check_choice, check_range, seeded
+from .core.errors import WrongValue
 
 # %% auto #0
 __all__ = ['create_model']
@@ -270,14 +271,14 @@ def _check_options(
     common = ('num_classes', 'width', 'in_channels')
     known = [p for p in inspect.signature(NETWORKS[name]).parameters if p not in common]
     for option in options:
-        if not known: raise ValueError(f"{name} has no option {option!r}; leave it out")
+        if not known: raise WrongValue(f"{name} has no option {option!r}; leave it out")
         check_choice(f'option of {name}', option, known)
 
 # %% ../nbs/03_networks/01_networks.ipynb #a948dc96
 def _from_torchvision(name: str, num_classes: int, width: float, in_channels: int) -> nn.Module:
     "A network of torchvision with random weights, from `torchvision/NAME`."
     if width != 1 or in_channels != 3:
-        raise ValueError(f"{name} has width 1 and takes 3 channels, not width {width} "
+        raise WrongValue(f"{name} has width 1 and takes 3 channels, not width {width} "
                          f"and {in_channels} channels; use one of {', '.join(NETWORKS)}")
     from torchvision import models      # takes seconds to import
     short = name.removeprefix('torchvision/')
@@ -299,7 +300,7 @@ def create_model(
     check_range('num_classes', num_classes, 2, integer=True)
     check_range('in_channels', in_channels, 1, integer=True)
     if isinstance(name, str) and name.startswith('torchvision/'):
-        for option in options: raise ValueError(f"{name} takes no option {option!r}; leave it out")
+        for option in options: raise WrongValue(f"{name} takes no option {option!r}; leave it out")
         return _from_torchvision(name, num_classes, width, in_channels)
     remedy = "or 'torchvision/NAME' for a network of torchvision"
     check_choice('model', name, list(NETWORKS), remedy)

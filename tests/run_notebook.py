@@ -1,6 +1,6 @@
 """Run one notebook as nbdev tests it, and compare what its cells say with the outputs stored in it.
 
-    python tests/run_notebook.py nbs/01_core/01_checks.ipynb
+    python tests/run_notebook.py nbs/01_core/02_checks.ipynb
 
 Outputs are compared as text: what is printed, and the text of displayed objects. Paths, times, addresses and
 versions are set aside. All other words must be the same everywhere. Numbers must be the same in the parts of

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
+from ..core.errors import WrongValue
 from ..core.nets import device_of
 from .groups import varying
 from .rules import NORMS
@@ -107,7 +108,7 @@ def slice_channels_(
     for info in channels.infos:
         if info.name not in keep: continue
         if not keep[info.name].any():
-            raise ValueError(f"{info.name}: no kernel is kept; a network without this layer's "
+            raise WrongValue(f"{info.name}: no kernel is kept; a network without this layer's "
                              "kernels computes nothing")
         _silence(model, info, keep[info.name])
     stays = kept_channels(channels, keep)

@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any
 import torch
 from torch import Tensor, fx, nn
+from ..core.errors import WrongValue
 from ..core.nets import evaluating
 from .operations import DTYPES, LAYERS, operation
 from .trace import known_class, trace
@@ -34,7 +35,7 @@ def encode(
     if isinstance(value, torch.memory_format):
         return {'memory_format': str(value).removeprefix('torch.')}
     kind = type(value).__name__
-    raise ValueError(f'an argument {value!r} of type {kind} cannot be stored in a module')
+    raise WrongValue(f'an argument {value!r} of type {kind} cannot be stored in a module')
 
 # %% ../../nbs/04_channels/08_description.ipynb #411d7e24
 MEMORY_FORMATS = {n: f for n, f in vars(torch).items() if isinstance(f, torch.memory_format)}
@@ -53,7 +54,7 @@ def decode(
     if kind == 'is': return Ellipsis
     if kind == 'dtype': return DTYPES[content]
     if kind == 'memory_format': return MEMORY_FORMATS[content]
-    raise ValueError(f"a module file names an argument of kind {kind!r}, "
+    raise WrongValue(f"a module file names an argument of kind {kind!r}, "
                      "which this version of mwt does not know")
 
 # %% ../../nbs/04_channels/08_description.ipynb #367dc1d6
@@ -63,11 +64,11 @@ def make_layer(
 ) -> nn.Module: # a new layer, with weights of its own
     "The layer that a description names. Raises `ValueError` for an unknown type."
     if description.get('type') not in LAYERS:
-        raise ValueError(f"{name}: unknown layer type {description.get('type')!r}")
+        raise WrongValue(f"{name}: unknown layer type {description.get('type')!r}")
     arguments = {k: decode(v, {}) for k, v in description.items() if k != 'type'}
     deep = arguments.get('num_layers', 1)       # each one takes time to make
     if not isinstance(deep, int) or deep > DEEPEST:
-        raise ValueError(f"{name}: num_layers={deep!r}; at most {DEEPEST}")
+        raise WrongValue(f"{name}: num_layers={deep!r}; at most {DEEPEST}")
     return LAYERS[description['type']](**arguments)
 
 DEEPEST = 1000      # layers in one of `nn.LSTM` and the like
@@ -120,7 +121,7 @@ def describe_layer(
     kind = known_class(type(layer), LAYERS.values())
     full = f'{type(layer).__module__}.{type(layer).__name__}'
     if kind is None:
-        raise ValueError(f"{name}: a layer of type {full} cannot be stored in a module; "
+        raise WrongValue(f"{name}: a layer of type {full} cannot be stored in a module; "
                          "write it with the layers of torch.nn")
     for arguments in _candidates(layer, kind):
         about = dict(type=kind.__name__, **{n: encode(v) for n, v in arguments.items()})
@@ -128,7 +129,7 @@ def describe_layer(
             with torch.device('meta'): made = make_layer(name, about)
         except (TypeError, ValueError): continue
         if like(layer, made): return about
-    raise ValueError(f"{name}: this {full} has been changed after it was made, and no arguments of "
+    raise WrongValue(f"{name}: this {full} has been changed after it was made, and no arguments of "
                      f"nn.{kind.__name__} make one like it, so it cannot be stored in a module; "
                      "make it anew, and take off what was put on it (weight norm, pruning, hooks)")
 
@@ -140,13 +141,13 @@ def describe_step(
     kind, target = operation(node)
     if not kind:
         said = node.args[1] if node.target is getattr else getattr(node.target, '__name__', node.target)
-        raise ValueError(f"{node.name}: the operation {said} cannot be stored in a module; "
+        raise WrongValue(f"{node.name}: the operation {said} cannot be stored in a module; "
                          "write this part of the network with layers of torch.nn or functions "
                          "and methods of torch that take and return tensors")
     args = node.args[:1] if kind == 'attribute' else node.args
     try:
         said = dict(args=encode(list(args)), kwargs={k: encode(v) for k, v in node.kwargs.items()})
-    except ValueError as e: raise ValueError(f'{node.name}: {e}; pass a number or a string') from e
+    except ValueError as e: raise WrongValue(f'{node.name}: {e}; pass a number or a string') from e
     return dict(name=node.name, kind=kind, target=target, **said)
 
 # %% ../../nbs/04_channels/08_description.ipynb #6127f715
@@ -166,7 +167,7 @@ def tensor_at(
     value = attrgetter(path)(model)
     plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
     if plain: return value.detach()
-    raise ValueError(f"{path}: a {type(value).__name__} that is no dense tensor cannot be stored "
+    raise WrongValue(f"{path}: a {type(value).__name__} that is no dense tensor cannot be stored "
                      "in a module; make it a dense tensor")
 
 def describe_tensor(
@@ -211,6 +212,6 @@ def check_stored(
     again = rebuilt(model, example)
     with evaluating(model): answers = again(example), model(example)
     if torch.allclose(*answers, rtol=1e-3, atol=1e-3 * float(answers[1].abs().max())): return
-    raise ValueError(f"{type(model).__name__} computes something else than its layers and "
+    raise WrongValue(f"{type(model).__name__} computes something else than its layers and "
                      "functions say: a hook or a changed layer acts in between; write what it does "
                      "into the forward pass")

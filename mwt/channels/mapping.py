@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, fx, nn
 from ..core.accepted import agree, check_answer
+from ..core.errors import WrongValue
 from ..core.nets import evaluating, untouched
 from .rules import ChannelLayer, ChannelTracker
 
@@ -49,7 +50,7 @@ def _check_trace(model: nn.Module, graph: fx.Graph, example: Tensor) -> None:
         direct = model(example)
         others = fx.GraphModule(model, graph)(example), model(example)
     if not all(agree(other, direct) for other in others):
-        raise ValueError(
+        raise WrongValue(
             f"{type(model).__name__} changes between calls: its trace computes something else than "
             "the network; make its forward pass depend on nothing but its input and its mode, or "
             "pass the network in the state in which it shall stay")
@@ -59,7 +60,7 @@ def _find_head(tracker: ChannelTracker) -> str:
     for name, layer in tracker.layers.items():
         if layer.reads is not None and torch.equal(layer.writes, tracker.answer): return name
     why = tracker.groups.reasons()[int(tracker.groups.root[tracker.answer[0]])]
-    raise ValueError(
+    raise WrongValue(
         f"{type(tracker.original).__name__}: its answer does not come straight from an nn.Linear "
         f"or nn.Conv2d layer ({why}); let the network end with one, one output a class")
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
+from ..core.errors import WrongValue
 from ..core.nets import evaluating
 from .trace import _traced, known_class, tidy_
 from .groups import Activation, ChannelGroups, compact, varying
@@ -167,7 +168,7 @@ def finish(self: ChannelTracker, node: fx.Node) -> None:
         return
     name = type(self.original).__name__
     if len(answers) != 1 or answers[0].ids.ndim != 2:
-        raise ValueError(f"{name}: the network must answer with one tensor (batch, classes)")
+        raise WrongValue(f"{name}: the network must answer with one tensor (batch, classes)")
     self.answer = answers[0].ids[0]
     self.find_heads()
     self.groups.pin(self.answer, 'it answers')
@@ -185,7 +186,7 @@ def find_heads(self: ChannelTracker) -> None:
     self.answer = self.layers[heads[-1]].writes
     mixed = self.answers_mixed(answer, set(written) - set(heads))
     if not mixed: return
-    raise ValueError(f"{type(self.original).__name__}: its answer cannot be cut class by class "
+    raise WrongValue(f"{type(self.original).__name__}: its answer cannot be cut class by class "
                      f"({mixed}); let the network end with one layer, one output a class, and behind "
                      "it only what treats each class by itself")
 
@@ -301,7 +302,7 @@ def side_layers(self: ChannelTracker) -> list[str]:
         try: return sorted(layers_run(copied.train(), x) - layers_run(copied.eval(), x))
         except Exception as e:
             if n == 0: continue         # it needs values
-            raise ValueError(f"{name} runs in use, but not in training, with images of size {sizes}: "
+            raise WrongValue(f"{name} runs in use, but not in training, with images of size {sizes}: "
                              f"{e}; pass a larger example_input, or switch side exits off "
                              "(aux_logits=False)") from e
     return []
@@ -314,7 +315,7 @@ def pin_side_exits(self: ChannelTracker) -> None:
     name = type(self.original).__name__
     try: training = ChannelTracker(self.original, self.example, training=True)
     except ValueError as e:
-        raise ValueError(f"{name}: {side[0]} runs in training only, and the network cannot be traced "
+        raise WrongValue(f"{name}: {side[0]} runs in training only, and the network cannot be traced "
                          "in training; switch side exits off (aux_logits=False)") from e
     training.groups, training.tensors = self.groups, self.tensors
     training.layers = {n: replace(layer) for n, layer in self.layers.items()}
@@ -385,7 +386,7 @@ def compute(self: ChannelTracker, node: fx.Node) -> Any:
         with torch.device('meta'): return super(ChannelTracker, self).run_node(node)
     except (RuntimeError, NotImplementedError, TypeError, IndexError) as e:
         said = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{node.name}: the size of its result depends on the values that it reads, "
+        raise WrongValue(f"{node.name}: the size of its result depends on the values that it reads, "
                          f"so nothing can be cut ({said}); use an operation whose result has a size of "
                          "its own, such as torch.where") from e
 

@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from ..core.accepted import check_unwrapped, check_weights
+from ..core.errors import WrongType, WrongValue
 from ..core.nets import device_of, evaluating, untouched
 
 # %% auto #0
@@ -208,7 +209,7 @@ def _traced(
     try: graph = tracer.trace(root, defaults or None)
     except NotInNetwork: raise
     except UNTRACEABLE as e:
-        raise ValueError(
+        raise WrongValue(
             f"{type(model).__name__} cannot be traced{_inside(tracer)}: {e}. Its forward pass must "
             "not branch on tensor values or change between calls; rewrite that part with "
             "torch.where, or put it into a layer of its own that torch.fx can follow") from e
@@ -240,7 +241,7 @@ def input_channels(
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not convs:
         check_unwrapped(model)
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d layer; only convolutional "
+        raise WrongValue(f"{type(model).__name__} has no nn.Conv2d layer; only convolutional "
                          "networks can be made modular")
     try: running = [n.target for n in trace(model).nodes if n.op == 'call_module']
     except ValueError: running = []
@@ -272,7 +273,7 @@ def find_example(
             return x
         except REFUSALS as e:
             errors.append(f'{shape}: {(str(e) or type(e).__name__).splitlines()[0]}')
-    raise ValueError(
+    raise WrongValue(
         f"{type(model).__name__} accepted no input of the sizes {shapes}; pass example_input, one "
         f"batch as the network takes it (last error: {errors[-1]})")
 
@@ -280,7 +281,7 @@ def _check_images(example_input: Any) -> None:
     "Raises `TypeError` or `ValueError` for what is no batch of images."
     if not isinstance(example_input, Tensor):
         kind = type(example_input).__name__
-        raise TypeError(f'example_input must be a tensor (batch, channels, height, width), not a {kind}')
+        raise WrongType(f'example_input must be a tensor (batch, channels, height, width), not a {kind}')
     if example_input.ndim == 4: return
-    raise ValueError('example_input must be one batch of images, (batch, channels, height, width), '
+    raise WrongValue('example_input must be one batch of images, (batch, channels, height, width), '
                      f'not a tensor of shape {tuple(example_input.shape)}')

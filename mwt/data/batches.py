@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core.checks import check_choice, check_range, resolve_device
 from ..core.display import Table, _spell, progress
+from ..core.errors import WrongType, WrongValue
 from ..core.signature import Signature
 from .augment import Augment
 from .labels import check_labels, class_indices, split_by_class
@@ -77,11 +78,11 @@ def _check_images(
     if not (fits or isinstance(images, ImageFiles)):
         given = type(images).__name__
         if tensor: given = f'{images.dtype} of shape {tuple(images.shape)}'
-        raise TypeError(f"{name} must be a uint8 tensor (samples, channels, height, width), "
+        raise WrongType(f"{name} must be a uint8 tensor (samples, channels, height, width), "
                         f"not {given}; floats from 0 to 1 become bytes by "
                         "(255 * images).round().byte()")
     if len(images) != len(labels):
-        raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels; "
+        raise WrongValue(f"{name}: {len(images)} images but {len(labels)} labels; "
                          "give one label for each")
 
 # %% ../../nbs/02_data/05_batches.ipynb #6a0d12b3
@@ -234,10 +235,10 @@ def _check_shard(self: Batches,
     check_range('rank', rank, 0, world - 1, integer=True)
     if not self.shuffle: return
     if self.batch_size % world:
-        raise ValueError(f"batch_size={self.batch_size} cannot be shared equally by {world} "
+        raise WrongValue(f"batch_size={self.batch_size} cannot be shared equally by {world} "
                          f"processes; take a multiple of {world}")
     if self.n < world:
-        raise ValueError(f"{self.n} training images are too few for {world} processes; "
+        raise WrongValue(f"{self.n} training images are too few for {world} processes; "
                          "take fewer processes or more images")
 
 # %% ../../nbs/02_data/05_batches.ipynb #381f659f
@@ -533,7 +534,7 @@ def _check_options(
     check_range('seed', seed, 0, 2**32 - 1, integer=True)
     if not isinstance(valid, tuple): check_range('valid', valid, 0, 1, open_low=True)
     if not isinstance(valid, tuple) and valid == 1:
-        raise ValueError("valid must be a number above 0 and below 1, not 1; "
+        raise WrongValue("valid must be a number above 0 and below 1, not 1; "
                          "it is the fraction held out for validation")
     if not (augment is None or isinstance(augment, Augment)):
         check_choice('augment', augment, ['auto'], 'or give Augment(...), or None for none')
@@ -545,10 +546,10 @@ def _check_classes(
 ) -> None:
     "Raises `ValueError` for less than two, or two with one name."
     if len(classes) < 2:
-        raise ValueError(f"classes must be at least two, not {list(classes)}; "
+        raise WrongValue(f"classes must be at least two, not {list(classes)}; "
                          "telling one class apart needs another")
     if len(set(classes)) < len(classes):
-        raise ValueError(f"classes must have different names, not {list(classes)}")
+        raise WrongValue(f"classes must have different names, not {list(classes)}")
 
 def _check_split(
     name: str, # of the split
@@ -562,7 +563,7 @@ def _check_split(
     counts = labels.bincount(minlength=len(classes)).tolist()
     for kind, count in zip(classes, counts):
         if not count:
-            raise ValueError(f"class {kind!r} has no {name} image; add some, "
+            raise WrongValue(f"class {kind!r} has no {name} image; add some, "
                              "or leave the class out")
     return labels
 
@@ -580,7 +581,7 @@ def _check_splits(
         checked[name] = images, _check_split(name, images, labels, classes)
         shape, wanted = tuple(images.shape[1:]), tuple(splits['train'][0].shape[1:])
         if shape != wanted:
-            raise ValueError(f"{name} images have shape {shape}, train images {wanted}; "
+            raise WrongValue(f"{name} images have shape {shape}, train images {wanted}; "
                              "make them equal")
     return checked
 
@@ -613,7 +614,7 @@ def _choose_augment(
     "How to vary images of this shape. Raises `ValueError` for moves that are too large."
     if augment == 'auto': augment = _auto_augment(shape)
     if augment and augment.pad >= min(shape[-2:]):
-        raise ValueError(f"pad={augment.pad} could move an image of {shape[-2]}x{shape[-1]} "
+        raise WrongValue(f"pad={augment.pad} could move an image of {shape[-2]}x{shape[-1]} "
                          "out of sight; take a smaller pad")
     return augment
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from ..core.checks import nearest
 from ..core.display import progress
+from ..core.errors import WrongValue
 from ..core.files import load_tensors, save_tensors
 from ..core.processes import rank_and_size
 
@@ -115,7 +116,7 @@ def _check_name(
     "Raises `ValueError` for a name that is not UTF-8."
     try: str(path).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} {os.fsencode(path)!r} is not named in UTF-8, but perhaps in "
+        raise WrongValue(f"{what} {os.fsencode(path)!r} is not named in UTF-8, but perhaps in "
                          "Latin-1; rename it, by hand or with a tool such as convmv") from None
 
 def _class_folders(
@@ -126,10 +127,10 @@ def _class_folders(
     layout = "put each class's images into a folder of its own: cat/*.jpg, dog/*.jpg"
     names = [e.name for e in found.folders]
     if len(names) == 1:
-        raise ValueError(f"{where} holds one class folder only, {names[0]!r}; {layout}")
+        raise WrongValue(f"{where} holds one class folder only, {names[0]!r}; {layout}")
     if not names:
         kind = 'images but no class folders' if found.images else 'no class folders'
-        raise ValueError(f"{where} holds {kind}; {layout}")
+        raise WrongValue(f"{where} holds {kind}; {layout}")
     for name in names: _check_name(name, 'class folder')
     return found
 
@@ -145,7 +146,7 @@ def _class_files(
     left_out += [('sub-folders of classes', os.path.join(path, e.name)) for e in found.folders]
     if not found.images:
         why = f' (left out: {_by_kind(left_out)})' if left_out else ''
-        raise ValueError(f"class folder {kind.path} holds no image{why}; add some, "
+        raise WrongValue(f"class folder {kind.path} holds no image{why}; add some, "
                          "or remove the folder")
     images = [_image_file(e, os.path.join(path, e.name), label) for e in found.images]
     return images, left_out
@@ -178,7 +179,7 @@ def _check_same_classes(
     if not odd: return
     if odd[0] in classes: has, lacks, known = 'train', split, names
     else: has, lacks, known = split, 'train', classes
-    raise ValueError(f"{folder}: class {odd[0]!r} is in {has}/ but not in {lacks}/"
+    raise WrongValue(f"{folder}: class {odd[0]!r} is in {has}/ but not in {lacks}/"
                      f"{nearest(odd[0], known)}; both need the same class folders")
 
 # %% ../../nbs/02_data/03_folders.ipynb #10349278
@@ -204,7 +205,7 @@ def _only_one(
     full = [name for name in names if _entries(folder / name).folders] or names
     if len(full) == 1: return full[0]
     both = ' and '.join(f'{name}/' for name in full)
-    raise ValueError(f"{folder} has {both}, which all mean the {split} split; keep one of them, "
+    raise WrongValue(f"{folder} has {both}, which all mean the {split} split; keep one of them, "
                      "or merge them")
 
 # %% ../../nbs/02_data/03_folders.ipynb #6e7ef331
@@ -219,7 +220,7 @@ def _splits_of(
     if not any(found.folders and not found.images for found in inside): return {}
     missing, = {'train', 'test'} - set(halves)
     has = ' and '.join(f'{name}/' for names in named.values() for name in names)
-    raise ValueError(f"{folder} has {has} but no {missing}/; add it, or put all class "
+    raise WrongValue(f"{folder} has {has} but no {missing}/; add it, or put all class "
                      "folders into one tree, which is split by seed")
 
 # %% ../../nbs/02_data/03_folders.ipynb #e93f131d
@@ -267,7 +268,7 @@ def _opened(
     except Exception as e:      # Pillow's decoders raise whatever they stumble over
         text = f"{_printable(path)} is not a readable image ({e}); repair or remove it"
         sound = isinstance(e, OSError) and e.errno not in (None, errno.EINVAL)
-        if sound: raise ValueError(text) from e
+        if sound: raise WrongValue(text) from e
         raise BrokenImage(f"{text}, or leave out all such images with skip_broken=True "
                           "(--skip-broken)") from e
 
@@ -512,7 +513,7 @@ def _check_pixels(
     "Raises `ValueError` for an image of another size, `_FoundColour` for one with more channels."
     height, width = pixels.shape[1:]
     if [height, width] != list(shape[1:]):
-        raise ValueError(f"images differ in size: {path} is {width}x{height}, the first one "
+        raise WrongValue(f"images differ in size: {path} is {width}x{height}, the first one "
                          f"{shape[2]}x{shape[1]} (width x height); say size=... (--size) to bring "
                          "all to one")
     if len(pixels) > shape[0]:
@@ -688,7 +689,7 @@ def _check_none_emptied(
     folders = [{os.path.dirname(f.path) for f in files} for files in (before, after)]
     emptied = sorted(folders[0] - folders[1])
     if emptied:
-        raise ValueError(f"{folder}: all images in {emptied[0]} are broken; replace them, "
+        raise WrongValue(f"{folder}: all images in {emptied[0]} are broken; replace them, "
                          "or remove the folder")
 
 def without_broken(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core.checks import check_choice, check_range
+from ..core.errors import WrongType, WrongValue
 
 # %% auto #0
 __all__ = []
@@ -25,7 +26,7 @@ def check_labels(
     labels = labels.long()
     wrong = labels[(labels < 0) | (labels >= n_classes)]
     if len(wrong):
-        raise ValueError(f"{name} must lie between 0 and {n_classes - 1} ({n_classes} classes), "
+        raise WrongValue(f"{name} must lie between 0 and {n_classes - 1} ({n_classes} classes), "
                          f"found {wrong[0].item()}; number the classes from 0, or name all of them")
     return labels
 
@@ -37,7 +38,7 @@ def _check_whole_numbers(
     "Raises `TypeError` unless there is one whole number for each sample."
     fraction = labels.is_floating_point() or labels.is_complex()
     if labels.ndim != 1 or labels.dtype == torch.bool or fraction:
-        raise TypeError(f"{name} must be whole numbers, one for each sample, "
+        raise WrongType(f"{name} must be whole numbers, one for each sample, "
                         f"not {labels.dtype} of shape {tuple(labels.shape)}")
 
 # %% ../../nbs/02_data/01_labels.ipynb #6dbd5f6b
@@ -59,11 +60,11 @@ def class_indices(
 ) -> list[int]: # the label of each chosen class, in the order given
     "The labels of the chosen classes. Raises `ValueError` for none, an unknown one or a duplicate."
     chosen = [chosen] if isinstance(chosen, (str, int)) else list(chosen)
-    if not chosen: raise ValueError(f"no class chosen; name at least one of {', '.join(classes)}")
+    if not chosen: raise WrongValue(f"no class chosen; name at least one of {', '.join(classes)}")
     found = [_class_index(choice, classes) for choice in chosen]
     for i in found:
         if found.count(i) > 1:
-            raise ValueError(f"class {classes[i]!r} is chosen twice; name each class once")
+            raise WrongValue(f"class {classes[i]!r} is chosen twice; name each class once")
     return found
 
 # %% ../../nbs/02_data/01_labels.ipynb #722ad35d
@@ -78,7 +79,7 @@ def _count_held_out(
     for name, count in zip(classes, counts.tolist()):
         if count >= 2: continue
         samples = 'sample' if count == 1 else 'samples'
-        raise ValueError(f"class {name!r} has {count} {samples} left to split, too few to hold out "
+        raise WrongValue(f"class {name!r} has {count} {samples} left to split, too few to hold out "
                          f"a {split} split; add images of it, or leave the class out")
     wanted = (counts * fraction).round().long()
     return counts, wanted.clamp(min=1).minimum(counts - 1)

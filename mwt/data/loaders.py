@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from ..core.checks import check_range, resolve_device
+from ..core.errors import WrongType, WrongValue
 from .batches import Batches, ImageData, SplitData, _check_classes
 from ..core.signature import Signature, check_pixels, signature_of
 from .labels import check_labels, class_indices
@@ -26,13 +27,13 @@ def _check_loader_images(
 ) -> None:
     "Raises `TypeError` for anything but floats in four dimensions."
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        raise TypeError("the loader's images are uint8; make them floats around zero in its "
+        raise WrongType("the loader's images are uint8; make them floats around zero in its "
                         "transform (ToTensor() and Normalize(...)), or give the bytes to "
                         "from_tensors, which normalises them")
     if isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4: return
     given = type(images).__name__
     if isinstance(images, Tensor): given = f'{images.dtype} of shape {tuple(images.shape)}'
-    raise TypeError("the loader's images must be floats (batch, channels, height, width), "
+    raise WrongType("the loader's images must be floats (batch, channels, height, width), "
                     f"not {given}; change its transform or its collate_fn")
 
 # %% ../../nbs/02_data/07_loaders.ipynb #d7dcc9aa
@@ -44,14 +45,14 @@ def _check_batch(
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         given = type(batch).__name__
         if isinstance(batch, (tuple, list)): given += f' of {len(batch)}'
-        raise TypeError(f"a loader's batch must be a pair (images, labels), not {given}; "
+        raise WrongType(f"a loader's batch must be a pair (images, labels), not {given}; "
                         "change the data set or its collate_fn")
     images, labels = batch
     _check_loader_images(images)
     on_device = isinstance(labels, Tensor) and labels.device.type != 'cpu'
     labels = labels.long() if on_device else check_labels(labels, n_classes, "the loader's labels")
     if len(images) != len(labels):
-        raise ValueError(f"a batch has {len(images)} images but {len(labels)} labels; "
+        raise WrongValue(f"a batch has {len(images)} images but {len(labels)} labels; "
                          "give one label for each")
     return images, labels
 
@@ -61,13 +62,13 @@ def _check_iterable(
 ) -> None:
     "Raises `TypeError` for what cannot be gone through again and again in batches."
     if isinstance(source, Dataset):
-        raise TypeError(f"{type(source).__name__} is a data set and gives single images; "
+        raise WrongType(f"{type(source).__name__} is a data set and gives single images; "
                         "give DataLoader(dataset, batch_size=128), with shuffle=True for training")
     if not isinstance(source, Iterable):
-        raise TypeError(f"data must be made by image_data or from_tensors, or be a DataLoader, "
+        raise WrongType(f"data must be made by image_data or from_tensors, or be a DataLoader, "
                         f"not {type(source).__name__}")
     if isinstance(source, Iterator):
-        raise TypeError(f"a {type(source).__name__} can be gone through only once; give a "
+        raise WrongType(f"a {type(source).__name__} can be gone through only once; give a "
                         "DataLoader, or list(...) of it if its batches fit into memory")
 
 # %% ../../nbs/02_data/07_loaders.ipynb #9d994828
@@ -79,7 +80,7 @@ def _first_batch(
     with torch.random.fork_rng(devices=[]):
         try: return next(iter(source))
         except StopIteration:
-            raise ValueError("the loader gives no batch; with drop_last=True it needs at least "
+            raise WrongValue("the loader gives no batch; with drop_last=True it needs at least "
                              "batch_size samples") from None
 
 # %% ../../nbs/02_data/07_loaders.ipynb #fc591c67
@@ -103,7 +104,7 @@ def _class_names(
         if names := getattr(data, 'classes', None): return [str(name) for name in names]
         data = getattr(data, 'dataset', None)       # a `Subset` holds the whole set
     if n_classes is not None: return _numbered(n_classes)
-    raise ValueError("the loader's data set has no `classes`; give their names or their number, "
+    raise WrongValue("the loader's data set has no `classes`; give their names or their number, "
                      "as in as_image_data((train, valid), classes=10) or "
                      "as_batches(loader, classes=10)")
 
@@ -162,11 +163,11 @@ def __iter__(self: LoaderBatches) -> Iterator[tuple[Tensor, Tensor]]: # images f
 def __len__(self: LoaderBatches) -> int:
     "How many batches an epoch has. Raises `TypeError` where that is not known."
     if self.is_subset:
-        raise TypeError("how many batches hold the chosen classes is not known before reading "
+        raise WrongType("how many batches hold the chosen classes is not known before reading "
                         "them; for training, make a DataLoader of a torch.utils.data.Subset")
     try: return len(self.source)
     except TypeError:
-        raise TypeError(f"{type(self.source).__name__} does not say how many batches it has; for "
+        raise WrongType(f"{type(self.source).__name__} does not say how many batches it has; for "
                         "training, give a DataLoader of a data set with a length") from None
 
 @patch(as_prop=True)
@@ -245,7 +246,7 @@ def shard(self: LoaderBatches,
 ) -> LoaderBatches: # itself
     "All batches. Raises `ValueError` for more than one process."
     if (rank, world) == (0, 1): return self
-    raise ValueError(f"a loader cannot be shared by {world} processes, and a DistributedSampler "
+    raise WrongValue(f"a loader cannot be shared by {world} processes, and a DistributedSampler "
                      "repeats samples; use image_data or from_tensors, whose batches are "
                      "shared exactly")
 
@@ -267,7 +268,7 @@ def as_batches(
     if isinstance(data, LoaderBatches): return data if device is None else data.to(device)
     if isinstance(data, Batches): return data
     if isinstance(data, (ImageData, LoaderData)):
-        raise TypeError(f"{type(data).__name__} holds several splits; "
+        raise WrongType(f"{type(data).__name__} holds several splits; "
                         "give one of them, as in data.valid")
     _check_iterable(data)
     return LoaderBatches(data, _class_names(data, classes, n_classes), device)
@@ -317,13 +318,13 @@ def _named_loaders(
     if isinstance(data, Mapping): found = dict(data)
     elif isinstance(data, (tuple, list)) and len(data) in (2, 3): found = dict(zip(names, data))
     else:
-        raise TypeError(f"a train and a valid loader are needed, not one {type(data).__name__}; "
+        raise WrongType(f"a train and a valid loader are needed, not one {type(data).__name__}; "
                         "give (train, valid), or data made by image_data or from_tensors")
     if missing := {'train', 'valid'} - set(found):
-        raise TypeError(f"a train and a valid loader are needed; {missing.pop()!r} is missing "
+        raise WrongType(f"a train and a valid loader are needed; {missing.pop()!r} is missing "
                         f"among {sorted(map(str, found))}")
     if odd := set(found) - set(names):
-        raise TypeError(f"unknown split {odd.pop()!r}; use 'train', 'valid' and perhaps 'test'")
+        raise WrongType(f"unknown split {odd.pop()!r}; use 'train', 'valid' and perhaps 'test'")
     return found
 
 # %% ../../nbs/02_data/07_loaders.ipynb #7d3d46d6
@@ -333,10 +334,10 @@ def _check_alike(
     "Raises where the splits differ in classes or shape, or where training has no length."
     for name, split in data.splits().items():
         if split.classes != data.classes:
-            raise ValueError(f"the {name} loader has the classes {split.classes}, the train loader "
+            raise WrongValue(f"the {name} loader has the classes {split.classes}, the train loader "
                              f"{data.classes}; both need the same, in the same order")
         if split.shape != data.shape:
-            raise ValueError(f"{name} images have shape {split.shape}, train images {data.shape}; "
+            raise WrongValue(f"{name} images have shape {split.shape}, train images {data.shape}; "
                              "make them equal")
     len(data.train)
 
@@ -363,7 +364,7 @@ def _check_signature(
 ) -> None:
     "Raises `ValueError` for other classes, or images of another shape."
     if set(known.classes) != set(batches.classes):
-        raise ValueError(f"the network tells {known.classes} apart, the data has {batches.classes}; "
+        raise WrongValue(f"the network tells {known.classes} apart, the data has {batches.classes}; "
                          "give data of the same classes, or a new network for these (to train this "
                          "one for them, set its .signature to None)")
     check_shape(known, batches)
@@ -378,7 +379,7 @@ def check_shape(
     channels, height, width = known.shape
     way = "give images of that shape"
     if batches.shape[0] == channels and height == width: way = f"read the images with size={height}"
-    raise ValueError(f"the network takes images of {channels} channels and {height}x{width} pixels, "
+    raise WrongValue(f"the network takes images of {channels} channels and {height}x{width} pixels, "
                      f"the data has {tuple(batches.shape)}; {way}, or set the network's .signature "
                      "to None if it takes others as well")
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.checks import check_choice, check_range
+from ..core.errors import NotFound, WrongType, WrongValue
 from .augment import Augment
 from .batches import ImageData, _auto_augment, _check_options, from_tensors
 from .folders import (ImageFile, cached_images, files_fingerprint, list_images,
@@ -55,7 +56,7 @@ def _torchvision(
     if name != 'svhn': halves = [dict(train=True), dict(train=False)]
     try: train, test = [make(str(root), download=True, **half) for half in halves]
     except Exception as e:      # no network, a full disk, a damaged archive: one way out
-        raise FileNotFoundError(
+        raise NotFound(
             f"could not get {name!r} into {root} ({type(e).__name__}: {e}); check the network and "
             f"the disk, or put the original files into {root} by hand, or name a folder of images "
             "instead") from e
@@ -170,11 +171,11 @@ def _find_folder(
     folder = Path(source).expanduser()
     if folder.is_dir(): return folder
     if folder.exists():
-        raise ValueError(f"{folder} is a file, not a folder of images; "
+        raise WrongValue(f"{folder} is a file, not a folder of images; "
                          "unpack it and name the folder")
     if isinstance(source, Path) or len(folder.parts) > 1:
-        raise FileNotFoundError(f"no folder {folder}; name one that holds a folder of images for "
-                                f"each class, or one of {', '.join(_NAMES)}")
+        raise NotFound(f"no folder {folder}; name one that holds a folder of images for "
+                       f"each class, or one of {', '.join(_NAMES)}")
     return None
 
 def _find(
@@ -182,7 +183,7 @@ def _find(
 ) -> str | Path: # a known name, or a folder that exists
     "What a source means. Raises for one that means nothing."
     if not isinstance(source, (str, Path)):
-        raise TypeError(f"data must be a name ({', '.join(_NAMES)}) or a folder, not {source!r}")
+        raise WrongType(f"data must be a name ({', '.join(_NAMES)}) or a folder, not {source!r}")
     if source in _NAMES: return source
     folder = _find_folder(source) if source else None
     if folder is not None: return folder
@@ -200,17 +201,17 @@ def _check_reading(
     if how.size is not None: check_range('size', how.size, 1, integer=True)
     if how.white is not None: check_range('white', how.white, 0, open_low=True)
     if not (how.streaming is None or isinstance(how.streaming, bool)):
-        raise TypeError(f"streaming must be True, False or None, not {how.streaming!r}")
+        raise WrongType(f"streaming must be True, False or None, not {how.streaming!r}")
     if not isinstance(how.skip_broken, bool):
-        raise TypeError(f"skip_broken must be True or False, not {how.skip_broken!r}")
+        raise WrongType(f"skip_broken must be True or False, not {how.skip_broken!r}")
     check_range('workers', how.workers, 0, integer=True)
     if isinstance(source, Path): return
     if how.streaming:
-        raise ValueError(f"streaming=True is for folders of images; {source!r} fits into memory "
+        raise WrongValue(f"streaming=True is for folders of images; {source!r} fits into memory "
                          "whole, so leave it out")
     for name in 'white', 'skip_broken':
         if getattr(how, name):
-            raise ValueError(f"{name} is for folders of images; {source!r} has only sound images "
+            raise WrongValue(f"{name} is for folders of images; {source!r} has only sound images "
                              "of 8 bits, so leave it out")
 
 # %% ../../nbs/02_data/06_sources.ipynb #fca1a1c5

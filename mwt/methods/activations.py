@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ..channels.mapping import ChannelMap
 from ..channels.trace import Tracer
 from ..channels.uncoupled import ActivationCut
+from ..core.errors import WrongValue
 from .base import Masks
 from .points import MaskPoint, recorded
 
@@ -39,7 +40,7 @@ def traced_in_mode(
     modes = {m: m.training for m in net.modules()}
     try: return Tracer().trace(net.train(training))
     except (fx.proxy.TraceError, TypeError, RuntimeError) as e:
-        raise ValueError(f'{type(net).__name__} cannot be traced in training mode: {e}') from e
+        raise WrongValue(f'{type(net).__name__} cannot be traced in training mode: {e}') from e
     finally:
         for m, mode in modes.items(): m.training = mode
 
@@ -95,7 +96,7 @@ class ActivationMasks(Masks):
         self.stays = {name: plan.pinned[root] for name, root in self.order.items()}     # boolean
         self.kernels = {name: len(root) for name, root in self.order.items()}
         if all(stays.all() for stays in self.stays.values()):
-            raise ValueError(f'{type(net).__name__}: no layer is left to mask; '
+            raise WrongValue(f'{type(net).__name__}: no layer is left to mask; '
                              'no ReLU of it has channels that can be dropped')
         self.points = {name: MaskPoint(nn.Identity()) for name in self.kernels}
         self.traces = {mode: self.trace(net, mode) for mode in (True, False)}
@@ -123,7 +124,7 @@ def trace(self: ActivationMasks, net: nn.Module, training: bool) -> fx.GraphModu
     nodes = [n for n in graph.nodes if self.is_point(n, called.get(n))]
     if len(nodes) != len(self.points):
         name, points = type(net).__name__, len(self.points)
-        raise ValueError(f'{name} has {len(nodes)} activations in training and {points} in use; '
+        raise WrongValue(f'{name} has {len(nodes)} activations in training and {points} in use; '
                          'this method needs the same in both modes (no side exits)')
     return with_points(net, graph, nodes, list(self.points.values()))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..core.checks import check_choice, nearest
 from ..channels.cut import slice_channels_
 from ..channels.mapping import ChannelMap
+from ..core.errors import WrongValue
 from .points import mask_points, recorded
 
 # %% auto #0
@@ -42,7 +43,7 @@ class Masks(nn.Module):
     ) -> Any: # what the network returns
         "Run the network. Raises `ValueError` for targets where masks are not made of classes."
         if targets is not None:
-            raise ValueError('targets: the masks of this method are made of each image, not of '
+            raise WrongValue('targets: the masks of this method are made of each image, not of '
                              'classes; leave targets out, or use extract')
         return net(x)
 
@@ -192,7 +193,7 @@ def make_method(
     "A method from its name. Raises `ValueError` for an unknown name or setting, or a bad value."
     if isinstance(method, Method):
         if not settings: return method
-        raise ValueError(f"settings {sorted(settings)} given beside a ready-made method; "
+        raise WrongValue(f"settings {sorted(settings)} given beside a ready-made method; "
                          "put them into it")
     if isinstance(method, type): method = getattr(method, 'name', method)
     check_choice('method', method, list(METHODS))
@@ -202,7 +203,7 @@ def make_method(
     for name in settings:
         if name in known: continue
         hint = nearest(name, known)
-        raise ValueError(f"method {method!r} has no setting {name!r}{hint} (known: {', '.join(known)})")
+        raise WrongValue(f"method {method!r} has no setting {name!r}{hint} (known: {', '.join(known)})")
     return kind(**settings)
 
 def describe_method(

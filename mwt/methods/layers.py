@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from torch import Tensor, nn
 from ..channels.mapping import ChannelMap, LayerInfo
+from ..core.errors import WrongValue
 from .base import Masks
 from .points import Gap, MaskPoint, recorded, remove_points_, replace_layer_
 
@@ -32,7 +33,7 @@ def need_one(channels: ChannelMap) -> ChannelMap: # the same
     "Raises `ValueError` where no layer is left to mask."
     if all(i.reason for i in channels.infos):
         reasons = '; '.join(f'{i.name}: {i.reason}' for i in channels.infos)
-        raise ValueError(f'no layer is left to mask: {reasons}')
+        raise WrongValue(f'no layer is left to mask: {reasons}')
     return channels
 
 # %% ../../nbs/05_methods/05_layers.ipynb #41eb2fe9

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from ..core.errors import WrongValue
 from ..core.processes import global_rows, global_sum, own_rows
 
 # %% auto #0
@@ -105,7 +106,7 @@ def mask_losses(
     n_classes: int | None = None, # where known, labels are 0 ... n_classes - 1
 ) -> tuple[Tensor, Tensor]: # cohesion loss and coupling loss, each a scalar in [0, 1]
     "Both losses of MwT (Qi et al. 2024, equations 2 and 3) for the price of one."
-    if not masks: raise ValueError("masks is empty: the model has no masked layer; see modularize")
+    if not masks: raise WrongValue("masks is empty: the model has no masked layer; see modularize")
     rows, counts = _class_counts(labels, n_classes)
     same, other = pair_means(masks, rows, counts)
     some_pairs = (counts > 1).any()         # without one there is nothing to pull together

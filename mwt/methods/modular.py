@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.checks import check_range, seeded
 from ..core.display import Table
 from ..core.accepted import check_can_be_cut, check_hooks, check_is_network
+from ..core.errors import WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, head_size, logits_of, trainable, untouched
 from ..core.signature import Signature, Signed, signature_of
 from ..channels.trace import find_example
@@ -137,10 +138,10 @@ def smaller(self: ModularModel) -> tuple[ModularModel, dict[str, Tensor]] | None
 def _check_masks(model: ModularModel, masks: Mapping[str, Tensor]) -> None:
     for name, kernels in model.kernels.items():
         if name not in masks:
-            raise ValueError(f"{name}: no mask given for this layer; give one of {kernels} values")
+            raise WrongValue(f"{name}: no mask given for this layer; give one of {kernels} values")
         shape = tuple(masks[name].shape)
         if shape == (kernels,): continue
-        raise ValueError(f"{name}: mask of shape {shape}, but the layer has {kernels} kernels")
+        raise WrongValue(f"{name}: mask of shape {shape}, but the layer has {kernels} kernels")
 
 @contextmanager
 def fixed_masks(
@@ -233,7 +234,7 @@ def check_cut(
     if x.dtype in (torch.float16, torch.bfloat16): margin = .1
     error, size = (found - expected).abs().max(), expected.abs().max()
     if not expected.isfinite().all() or error <= margin * size: return
-    raise ValueError(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
+    raise WrongValue(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
                      f'computes something else than with them switched off (by {error:.2g}, where '
                      f'logits are of size {size:.2g}). Something reads zeros as something else, or '
                      'asks for the class of a layer; leave the layers before it unmasked (filter_fn)')
@@ -253,7 +254,7 @@ def modularize(
     check_range('n_classes', n_classes, 2, integer=True)
     check_can_be_cut(model)
     if mask_points(model) or isinstance(model, ModularModel):
-        raise ValueError(f"{type(model).__name__} is already modularized; "
+        raise WrongValue(f"{type(model).__name__} is already modularized; "
                          "take the masks off with plain(model)")
     net = copy_of(model)
     example = find_example(net, example_input)
@@ -271,7 +272,7 @@ def modularize(
 def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:
     size = head_size(net.get_submodule(channels.head))
     if size == n_classes: return
-    raise ValueError(f"{channels.head}: answers for {size} classes, but n_classes is {n_classes}; "
+    raise WrongValue(f"{channels.head}: answers for {size} classes, but n_classes is {n_classes}; "
                      "give the number that the network was made for")
 
 def _excluded(net: nn.Module, channels: ChannelMap, filter_fn: Callable | None) -> set[str]:

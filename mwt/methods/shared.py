@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from ..core.errors import WrongValue
 from ..core.nets import copy_of, device_of, freeze_as_, trainable
 from ..channels.cut import kept_channels, slice_channels_
 from ..channels.mapping import ChannelMap
@@ -187,7 +188,7 @@ def masks_by_unit(
         clash = ~values[units].isnan() & (values[units] != mask) & own
         if clash.any():
             kernel = int(clash.nonzero()[0])
-            raise ValueError(f"{name}: kernel {kernel} is coupled with kernels of other layers that were "
+            raise WrongValue(f"{name}: kernel {kernel} is coupled with kernels of other layers that were "
                              "given another mask; give coupled layers the same one, as decompose does")
         values[units[own]] = mask[own]
     return values

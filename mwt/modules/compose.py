@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 import torch
 from torch import nn
+from ..core.errors import WrongType, WrongValue
 from ..core.nets import device_of, freeze_as_, input_dtype, trainable
 from ..core.signature import weights_of
 from ..data.batches import ImageData
@@ -42,22 +43,22 @@ def _prefixed(step: Mapping[str, Any], prefix: str, names: Mapping[str, str]) ->
 # %% ../../nbs/08_modules/07_compose.ipynb #02d11e44
 def _check_composable(modules: Sequence[nn.Module]) -> None:
     "Raises unless these are modules of different classes for images of one shape."
-    if not modules: raise ValueError('no module given; compose at least one')
+    if not modules: raise WrongValue('no module given; compose at least one')
     for m in modules:
         if isinstance(m, SlimModule): continue
-        raise TypeError(f"{type(m).__name__} is not an extracted module; extract one first")
+        raise WrongType(f"{type(m).__name__} is not an extracted module; extract one first")
     shapes = {m.input_shape for m in modules}
     if len(shapes) > 1:
-        raise ValueError(f"the modules take images of different shapes, {sorted(shapes)}; "
+        raise WrongValue(f"the modules take images of different shapes, {sorted(shapes)}; "
                          "compose modules of one shape")
     if len({m.takes_pixels for m in modules}) > 1:
         odd = [m.classes for m in modules if not m.takes_pixels]
-        raise ValueError(f"the module of {odd[0]} takes normalised images, others take pixels; extract it "
+        raise WrongValue(f"the module of {odd[0]} takes normalised images, others take pixels; extract it "
                          "anew from a model that knows how its images were normalised")
     names = [c for m in modules for c in m.classes]
     twice = sorted(n for n in set(names) if names.count(n) > 1)
     if twice:
-        raise ValueError(f"class {twice[0]!r} is in more than one module; "
+        raise WrongValue(f"class {twice[0]!r} is in more than one module; "
                          "each class can come from one only")
 
 # %% ../../nbs/08_modules/07_compose.ipynb #418ccea3

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.accepted import check_is_network, check_unwrapped
 from ..core.checks import check_range
 from ..core.display import progress
+from ..core.errors import WrongType, WrongValue
 from ..core.nets import device_of, evaluating
 from ..core.processes import global_rows, global_sum, rank_and_size
 from ..core.signature import signature_of
@@ -154,7 +155,7 @@ def check_samples(
     "Raises `ValueError` for a class without samples."
     missing = [name for name, n in zip(classes, counts.tolist()) if not n]
     if not missing: return
-    raise ValueError(f"class {missing[0]!r} has no samples; its kernels cannot be counted")
+    raise WrongValue(f"class {missing[0]!r} has no samples; its kernels cannot be counted")
 
 # %% ../../nbs/08_modules/03_decompose.ipynb #234f6a36
 def check_decompose(
@@ -163,7 +164,7 @@ def check_decompose(
 ) -> None:
     "Raises unless these are images of all classes of the model."
     if len(batches.classes) != model.n_classes:
-        raise ValueError(f"the model tells {model.classes} apart, the data has {batches.classes}; "
+        raise WrongValue(f"the model tells {model.classes} apart, the data has {batches.classes}; "
                          "pass data of all its classes")
     check_channels(model, batches)
     if isinstance(batches, LoaderBatches): return
@@ -181,7 +182,7 @@ def decompose(
     check_is_network(model)
     if not isinstance(model, ModularModel):
         check_unwrapped(model)
-        raise TypeError(f"{type(model).__name__} was never modularized, it makes no masks; "
+        raise WrongType(f"{type(model).__name__} was never modularized, it makes no masks; "
                         "use modularize(model, ...) and train it")
     check_range('threshold', threshold, 0, 1, open_low=True)
     check_range('samples', samples, 2, integer=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from ..core.checks import check_range
 from ..core.accepted import check_is_network, check_unwrapped
+from ..core.errors import WrongType, WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
 from ..core.signature import normalise, signature_of
 from ..channels.cut import keep_answers_
@@ -27,13 +28,13 @@ def _check_parts(model: ModularModel, parts: Parts) -> None:
     check_is_network(model)
     if not isinstance(model, ModularModel):
         check_unwrapped(model)
-        raise TypeError(f"{type(model).__name__} is not a modular model; "
+        raise WrongType(f"{type(model).__name__} is not a modular model; "
                         "extract from the one that was decomposed")
     known = signature_of(model)
     same = len(parts.classes) == model.n_classes
     if known is not None: same = parts.classes == known.classes
     if same and model.kernels == parts.sizes: return
-    raise ValueError('these parts are of another model: layers, kernels or classes differ; '
+    raise WrongValue('these parts are of another model: layers, kernels or classes differ; '
                      'decompose this model first')
 
 # %% ../../nbs/08_modules/06_extract.ipynb #3639c2f5
@@ -90,7 +91,7 @@ def check_exact(
     "Raises `ValueError` unless the module computes what the model computes with the same masks."
     expected, allowed, error = compare(module, model, masks, rows, x)
     if error <= allowed: return                         # not so for NaN
-    raise ValueError(f"the cut is not exact for this network: module and masked model differ by "
+    raise WrongValue(f"the cut is not exact for this network: module and masked model differ by "
                      f"{error:.2g}, where logits are of size {expected.abs().max():.2g}. Something "
                      "behind a masked layer turns zeros into other values; leave the layers before "
                      "it unmasked (filter_fn)")
@@ -146,7 +147,7 @@ def _masks_to_keep(
     masks = union_masks(parts, rows)
     if round_to == 1: return masks
     if not masks.keys() <= model.channels.kernels.keys():
-        raise ValueError('round_to: the masks of this method do not belong to layers; '
+        raise WrongValue('round_to: the masks of this method do not belong to layers; '
                          'leave round_to at 1')
     return round_masks(model.channels, masks, joining_order(model, parts, rows), round_to)
 

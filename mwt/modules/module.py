@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from ..core.errors import WrongType, WrongValue
 from ..core.files import load_tensors, save_tensors
 from ..core.nets import device_of
 from ..core.signature import Signature, Signed, normalise, weights_of
@@ -33,7 +34,7 @@ def check_step(
                    attribute=ATTRIBUTES, layer=description['layers'],
                    tensor=description['tensors'])
     if step['target'] in allowed.get(step['kind'], ()): return
-    raise ValueError(f"step {step['name']!r} is a {step['kind']} {step['target']!r}, "
+    raise WrongValue(f"step {step['name']!r} is a {step['kind']} {step['target']!r}, "
                      "which modules may not have")
 
 # %% ../../nbs/08_modules/04_module.ipynb #55bc3961
@@ -103,7 +104,7 @@ class SlimModule(Signed):
     def signature(self, other: Signature | None) -> None:
         "A module's own stays. Raises `ValueError` for that of a module of other classes."
         if other is None or list(other.classes) == self.classes: return
-        raise ValueError(f"these weights are of a module of {list(other.classes)}, and this one is of "
+        raise WrongValue(f"these weights are of a module of {list(other.classes)}, and this one is of "
                          f"{self.classes}; take a module of the same classes in the same order")
 
 def _put(root: nn.Module, path: str, item: nn.Module | nn.Parameter | Tensor) -> None:
@@ -181,7 +182,7 @@ def forward(self: SlimModule,
         if step.kind == 'output': return args[0]
         results[step.name] = run_step(self, step, args, kwargs)
         for name in step.done: results.pop(name, None)
-    raise ValueError('the description of this module has no output')
+    raise WrongValue('the description of this module has no output')
 
 # %% ../../nbs/08_modules/04_module.ipynb #1cb70c18
 def renamed(
@@ -207,7 +208,7 @@ def taking_pixels(
     new = [dict(name=name, kind='tensor', target=name, args=[], kwargs={}) for name in STATISTICS]
     new.append(dict(name='normalised', kind='function', target='normalise', args=reads, kwargs={}))
     for step in (s for s in rest if s['name'] in {n['name'] for n in new}):
-        raise ValueError(f"the network has a step {step['name']!r}, which the module needs for itself; "
+        raise WrongValue(f"the network has a step {step['name']!r}, which the module needs for itself; "
                          "give it another name")
     names = {s['name']: s['name'] for s in d['steps']} | {first['name']: 'normalised'}
     rest = [dict(s, args=renamed(s['args'], names), kwargs=renamed(s['kwargs'], names)) for s in rest]
@@ -245,7 +246,7 @@ def save_module(
 ) -> Path: # the path
     "Write a module to a file, atomically."
     if not isinstance(module, SlimModule):
-        raise TypeError(f"{type(module).__name__} is not an extracted module; "
+        raise WrongType(f"{type(module).__name__} is not an extracted module; "
                         "use extract, or as_module for a plain network")
     return save_tensors(path, 'module', weights_of(module), module.description)
 
@@ -284,11 +285,11 @@ def check_runs(
     "Raises unless the steps turn images into one number for each class."
     classes = module.classes
     if not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes):
-        raise ValueError(f"classes must be different names, not {classes}")
+        raise WrongValue(f"classes must be different names, not {classes}")
     images = torch.empty(2, *module.input_shape, device='meta')
     with CheckedIndices(), torch.device('meta'): shape = tuple(module.eval()(images).shape)
     if shape == (2, len(classes)): return
-    raise ValueError(f"it answers {shape} for 2 images, but has {len(classes)} classes")
+    raise WrongValue(f"it answers {shape} for 2 images, but has {len(classes)} classes")
 
 # %% ../../nbs/08_modules/04_module.ipynb #1543b98e
 def load_module(
@@ -302,7 +303,7 @@ def load_module(
         check_runs(module)
         module.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as e:
-        raise ValueError(f"{path} does not describe a module that this version of mwt can make: "
+        raise WrongValue(f"{path} does not describe a module that this version of mwt can make: "
                          f"{e}") from e
     if 'pixels' not in description:
         warnings.warn(f'{path} is of mwt 0.1.0 and does not say how images were normalised; give the '

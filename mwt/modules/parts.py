@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from ..core.checks import check_choice
 from ..core.display import Table, percent
+from ..core.errors import WrongValue
 from ..core.files import load_tensors, save_tensors
 from ..core.signature import Signature, as_signature
 from .modularity import jaccard, jaccard_coupling, kernel_retention
@@ -52,7 +53,7 @@ def index(self: Parts,
     if isinstance(name, (int, np.integer)) and not isinstance(name, bool):
         n = len(self.classes)
         if 0 <= name < n: return int(name)
-        raise ValueError(f"class number {name} out of range: there are {n} classes, 0 to {n - 1}")
+        raise WrongValue(f"class number {name} out of range: there are {n} classes, 0 to {n - 1}")
     check_choice('class', name, self.classes)
     return self.classes.index(name)
 
@@ -67,9 +68,9 @@ def target_rows(
     rows = [parts.index(c) for c in classes]
     if not rows:
         known = ', '.join(parts.classes)
-        raise ValueError(f"no target class given; name at least one of {known}")
+        raise WrongValue(f"no target class given; name at least one of {known}")
     twice = sorted(parts.classes[r] for r in set(rows) if rows.count(r) > 1)
-    if twice: raise ValueError(f"target class {twice[0]!r} is given twice; name each once")
+    if twice: raise WrongValue(f"target class {twice[0]!r} is given twice; name each once")
     return rows
 
 # %% ../../nbs/08_modules/02_parts.ipynb #3526e85a
@@ -176,7 +177,7 @@ def load_parts(
         parts = Parts(**about, **tensors)
         _check_shapes(parts)
     except (TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{path} does not describe parts that this version of mwt knows: "
+        raise WrongValue(f"{path} does not describe parts that this version of mwt knows: "
                          f"{e}") from e
     return parts
 
@@ -189,6 +190,6 @@ def _check_shapes(parts: Parts) -> None:
     for name, shape in zip(TENSORS, shapes):
         found = tuple(getattr(parts, name).shape)
         if found == shape: continue
-        raise ValueError(f"{name} has shape {found}, not {shape}; decompose again")
+        raise WrongValue(f"{name} has shape {found}, not {shape}; decompose again")
     if parts.kept.dtype != torch.bool:
-        raise ValueError(f"kept must be boolean, not {parts.kept.dtype}; decompose again")
+        raise WrongValue(f"kept must be boolean, not {parts.kept.dtype}; decompose again")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from ..core.checks import nearest, resolve_device
+from ..core.errors import MwtError, TrainingLost, TrainingStopped, WrongValue
 from ..core.processes import processes, rank_and_size
 from ..measure import profile
 from .demo import demo
@@ -69,7 +70,7 @@ def _stopped(
     way = 'the same command with --resume goes on from there'
     if isinstance(e, torch.OutOfMemoryError):
         way = way.replace('--resume', '--resume and --accumulate N')
-    return RuntimeError(f"training stopped: {why}. Its whole epochs are kept; {way}")
+    return TrainingStopped(f"training stopped: {why}. Its whole epochs are kept; {way}")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #31d79703
 def cmd_train(
@@ -87,7 +88,7 @@ def cmd_train(
         try: history = run.train(device, dict(yes=True, no=False).get(compile, compile))
         except FloatingPointError as e:
             undisturbed()
-            raise FloatingPointError(f"{e}; with other settings start afresh by --overwrite") from e
+            raise TrainingLost(f"{e}; with other settings start afresh by --overwrite") from e
         except (RuntimeError, OSError, KeyboardInterrupt) as e:
             undisturbed()
             if run.begun and run.path('resume').is_file(): raise _stopped(e) from e
@@ -157,7 +158,7 @@ def _group(
     found = _readings(words, classes)
     if len(found) == 1: return found[0]
     if found:
-        raise ValueError(f"{words!r} can be read in several ways: {found[0]} or {found[1]}; put "
+        raise WrongValue(f"{words!r} can be read in several ways: {found[0]} or {found[1]}; put "
                          "names with a comma into double quotes inside the word")
     raise _unknown(words, classes)
 
@@ -174,7 +175,7 @@ def _unknown(
         hint = """; a name with a comma is put into double quotes: '"salt, pepper",cat'"""
     numbers = any(map(_is_number, classes))
     if _is_number(word) and numbers: hint += '; names are numbers here, so only names count'
-    return ValueError(f"unknown class {word!r}{nearest(word, classes)} (known: {known}){hint}")
+    return WrongValue(f"unknown class {word!r}{nearest(word, classes)} (known: {known}){hint}")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #5ac1f217
 def cmd_extract(
@@ -227,7 +228,7 @@ def cmd_demo(
     print(f"kept in {out}; open {run.path('report')}")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #20667b3a
-EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt)
+EXPECTED = (MwtError, OSError, KeyboardInterrupt)
 
 def one_line(
     e: BaseException, # what ended the command
@@ -255,7 +256,7 @@ def undelivered(
     if not isinstance(error, OSError) or error.filename or not str(error).startswith('[Errno'): return None
     with suppress(OSError, ValueError):                 # nothing more can be said there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return OSError(f"what was to be said does not arrive ({error}); look at where the output goes")
+    return WriteFailed(f"what was to be said does not arrive ({error}); look at where the output goes")
 
 # %% ../../nbs/09_runs/05_commands.ipynb #4f6dc89a
 def run_command(
@@ -268,7 +269,7 @@ def run_command(
         warnings.showwarning = _warn
         try:
             if dist.is_torchelastic_launched() and name not in ('train', 'decompose'):
-                raise ValueError('torchrun is for mwt train and mwt decompose; '
+                raise WrongValue('torchrun is for mwt train and mwt decompose; '
                                  'call the other commands by themselves')
             globals()[f'cmd_{name}'](**options)
             sys.stdout.flush()

@@ -23,6 +23,7 @@ from torch import nn
 import mwt
 from ..core.checks import check_choice, check_range, resolve_device
 from ..core.display import Table, percent
+from ..core.errors import InUse, NotFound, WrongValue
 from ..core.files import read_json, unwritable, write_json
 from ..core.locks import LOCK, check_free, owned
 from ..core.processes import global_sum, rank_and_size
@@ -61,11 +62,11 @@ def run_folder(
 ) -> Path: # the folder, ready to be written to
     "Claim a folder. Raises `FileExistsError` when it holds something and `overwrite` is off."
     out = Path(out)
-    if out.exists() and not out.is_dir(): raise FileExistsError(f"{out} is a file; name a folder")
+    if out.exists() and not out.is_dir(): raise InUse(f"{out} is a file; name a folder")
     held = [p for p in out.iterdir() if not is_scrap(p.name)] if out.is_dir() else []
     if held and not overwrite:
-        raise FileExistsError(f"{out} already holds a run; name another folder, "
-                              "or say --overwrite (overwrite=True)")
+        raise InUse(f"{out} already holds a run; name another folder, "
+                    "or say --overwrite (overwrite=True)")
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise unwritable(out/FILES['settings'], e) from e
     return out
@@ -79,8 +80,8 @@ def check_folder(
     out = Path(out)
     check_free(out)
     if (out/FILES['resume']).is_file() and not overwrite:
-        raise FileExistsError(f"{out} holds a run that was stopped; go on with it by --resume, "
-                              "start afresh by --overwrite, or name another folder")
+        raise InUse(f"{out} holds a run that was stopped; go on with it by --resume, "
+                    "start afresh by --overwrite, or name another folder")
     if out.exists(): run_folder(out, overwrite)
 
 # %% ../../nbs/09_runs/01_run.ipynb #84664d03
@@ -144,7 +145,7 @@ def _described(
     if method != 'plain': return describe_method(make_method(method, **settings))
     if not settings: return None
     name = min(settings)
-    raise ValueError(f"--{name.replace('_', '-')} is about masks, but --method plain has none; "
+    raise WrongValue(f"--{name.replace('_', '-')} is about masks, but --method plain has none; "
                      f"leave {name} out")
 
 # %% ../../nbs/09_runs/01_run.ipynb #16c59211
@@ -220,7 +221,7 @@ def check_same_settings(
     there = flat(Run.open(run.folder).settings)
     for name, value in flat(run.settings).items():
         if there.get(name, value) == value: continue
-        raise ValueError(f"{run.folder} holds a complete run with {name} {there[name]!r}, not "
+        raise WrongValue(f"{run.folder} holds a complete run with {name} {there[name]!r}, not "
                          f"{value!r}; name another folder, or start afresh by --overwrite")
 
 def check_same_source(
@@ -230,7 +231,7 @@ def check_same_source(
     there = Run.open(run.folder).settings
     old, new = there['data']['source'], run.settings['data']['source']
     if old == new or run.data('cpu').fingerprint == there.get('fingerprint'): return
-    raise ValueError(f"{run.folder} holds a complete run of {old}, whose images are not those of "
+    raise WrongValue(f"{run.folder} holds a complete run of {old}, whose images are not those of "
                      f"{new}; name another folder, or start afresh by --overwrite")
 
 # %% ../../nbs/09_runs/01_run.ipynb #8d7aed14
@@ -260,12 +261,12 @@ def no_run(
 ) -> FileNotFoundError: # to be raised
     "An error that says what is there in place of a run, and the way out."
     if not any((Path(folder)/name).is_file() for name in (FILES['resume'], LOCK)):
-        return FileNotFoundError(f"{folder} holds no run (no {FILES['settings']}); make one with: "
-                                 f"mwt train --data DATA --out {folder}")
+        return NotFound(f"{folder} holds no run (no {FILES['settings']}); make one with: "
+                        f"mwt train --data DATA --out {folder}")
     why = 'it was stopped; mwt train with the same settings and --resume goes on with it'
     try: check_free(folder)
     except FileExistsError as e: why = str(e)
-    return FileNotFoundError(f"{folder} holds no run that is complete: {why}")
+    return NotFound(f"{folder} holds no run that is complete: {why}")
 
 # %% ../../nbs/09_runs/01_run.ipynb #89a6d826
 @patch(cls_method=True)
@@ -306,8 +307,8 @@ def data(self: Run,
     try: self._data[device] = open_data(self.settings['data'], device)
     except FileNotFoundError as e:
         if not self.path('settings').is_file(): raise
-        raise FileNotFoundError(f"{e}. If the images have moved since training, say where they "
-                                "are: --data (Run.open(folder, data=...))") from e
+        raise NotFound(f"{e}. If the images have moved since training, say where they "
+                       "are: --data (Run.open(folder, data=...))") from e
     self._warn_of_changes(self._data[device])
     return self._data[device]
 

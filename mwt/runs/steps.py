@@ -9,6 +9,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.checks import check_range
+from ..core.errors import InUse
 from ..core.processes import meet, rank_and_size
 from ..data.batches import ImageData
 from ..methods.modular import ModularModel, mask_table
@@ -50,8 +51,8 @@ def _begin(
 ) -> Fit:
     "The training of a run; nothing has changed as yet."
     if run.resuming and run.state != 'stopped' and not rank_and_size()[0]:
-        raise FileExistsError(f"{run.folder} has changed meanwhile: its run is {run.state} now; "
-                              "give the command again")
+        raise InUse(f"{run.folder} has changed meanwhile: its run is {run.state} now; "
+                    "give the command again")
     s = run.settings
     reading = {name: s['data'][name] for name in READING}
     return begin_fit(model, data, s['epochs'], TrainConfig(**s['config']), s['seed'], data.device,

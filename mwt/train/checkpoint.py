@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from torch import Tensor, nn
+from ..core.errors import WrongValue
 from ..core.files import load_tensors, save_tensors
 from ..core.signature import (
     EXTRA, Signature, Signed, as_signature, signature_of, weights_of)
@@ -83,7 +84,7 @@ def load_checkpoint(
     weights, about = load_tensors(path, 'checkpoint')
     weights = ask(model, 'upgrade', weights, otherwise=weights)
     if fault := misfit(model, weights, about):
-        raise ValueError(f"{path} holds the weights of another network: {fault}")
+        raise WrongValue(f"{path} holds the weights of another network: {fault}")
     model.load_state_dict(weights)
     sign(model, about, path)
     return about

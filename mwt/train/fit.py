@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.accepted import check_answer, check_can_train
 from ..core.checks import check_choice, check_range, seeded
 from ..core.display import percent, progress
+from ..core.errors import TrainingLost, WrongValue
 from ..core.files import check_writable, load_tensors, save_tensors
 from ..core.nets import evaluating, input_dtype, memory_format, untouched
 from ..core.processes import global_sum, rank_and_size
@@ -48,13 +49,13 @@ def check_fit(
     except RuntimeError as e:
         kind = input_dtype(model)
         if kind != torch.float32:
-            raise ValueError(f"the network's weights are {kind}, and training is done in float32; "
+            raise WrongValue(f"the network's weights are {kind}, and training is done in float32; "
                              "call model.float() first (amp=True computes in bfloat16)") from e
         shape = tuple(images.shape[1:])
-        raise ValueError(f"the network does not accept images of {shape}: {e}") from e
+        raise WrongValue(f"the network does not accept images of {shape}: {e}") from e
     check_answer(model, logits)
     if logits.shape[1] == data.n_classes: return
-    raise ValueError(f"the network answers for {logits.shape[1]} classes, "
+    raise WrongValue(f"the network answers for {logits.shape[1]} classes, "
                      f"the data has {data.n_classes}; "
                      f"make the network with num_classes={data.n_classes}")
 
@@ -72,7 +73,7 @@ def is_compiled(
         check_choice('compile', compile, ['auto'], 'or True, or False')
         return device.type == 'cuda' and n == 1 and steps >= COMPILE_FROM
     if compile and n > 1:
-        raise ValueError(f'compile=True is for a single process, and this is one of {n}; '
+        raise WrongValue(f'compile=True is for a single process, and this is one of {n}; '
                          'leave it out')
     return compile
 
@@ -153,7 +154,7 @@ def lost(self: Fit,
     kept = ''
     if self.history.best_epoch and self.checkpoint:
         kept = f'; the weights of epoch {self.history.best_epoch} are in {self.checkpoint}'
-    return FloatingPointError(f"{what} in epoch {epoch}; {remedy}{kept}")
+    return TrainingLost(f"{what} in epoch {epoch}; {remedy}{kept}")
 
 # %% ../../nbs/07_train/04_fit.ipynb #51be903b
 @patch
@@ -163,11 +164,11 @@ def check_finite(self: Fit,
     "Raises `FloatingPointError` where the run has been lost."
     loss = row['loss']
     first = max([math.log(self.data.n_classes), *self.history.series('loss')[:1]])
-    if not math.isfinite(loss): raise FloatingPointError(f'the loss became {loss}')
+    if not math.isfinite(loss): raise TrainingLost(f'the loss became {loss}')
     if loss > EXPLODED * first:
-        raise FloatingPointError(f'the loss grew to {loss:.3g}, from {first:.3g},')
+        raise TrainingLost(f'the loss grew to {loss:.3g}, from {first:.3g},')
     finite = torch.stack([t.isfinite().all() for t in weights_of(self.model).values()])
-    if not finite.all(): raise FloatingPointError('weights became infinite or NaN')
+    if not finite.all(): raise TrainingLost('weights became infinite or NaN')
 
 # %% ../../nbs/07_train/04_fit.ipynb #e4efb8a1
 @patch
@@ -192,7 +193,7 @@ def check_pieces(
     "Raises `ValueError` for batches in pieces of less than two images."
     size = getattr(data.train, 'batch_size', None)
     if config.accumulate == 1 or not size or size >= 2 * config.accumulate: return
-    raise ValueError(f"accumulate={config.accumulate} leaves less than two images of a batch of "
+    raise WrongValue(f"accumulate={config.accumulate} leaves less than two images of a batch of "
                      f"{size} in a piece; take accumulate={max(1, size // 2)} or less")
 
 # %% ../../nbs/07_train/04_fit.ipynb #810ee179
@@ -285,7 +286,7 @@ def check_same_images(
 ) -> None:
     "Raises `ValueError` for images that have changed since the run began."
     if not (what := changed_images(now, before)): return
-    raise ValueError(f"{path} holds a run that began with other images ({what}); bring them back to "
+    raise WrongValue(f"{path} holds a run that began with other images ({what}); bring them back to "
                      "go on with it, or start anew (--overwrite, or remove the file)")
 
 # %% ../../nbs/07_train/04_fit.ipynb #5b769352
@@ -297,7 +298,7 @@ def check_same_run(
     "Raises `ValueError` for a run of another kind."
     for name, value in settings.items():
         if there.get(name, value) == value: continue        # an older version did not note it
-        raise ValueError(f"{path} holds a run with {name} {there.get(name)!r}, not {value!r}; give "
+        raise WrongValue(f"{path} holds a run with {name} {there.get(name)!r}, not {value!r}; give "
                          "the same settings to go on with it, or remove the file to start anew")
 
 @patch
@@ -308,7 +309,7 @@ def resume_run_(self: Fit) -> None:
     check_same_run(self.resume, self.settings(), todays_settings(about['settings']))
     state = todays_state(self.model, state)
     if fault := misfit(self.model, those_of('model', state), about['settings']):
-        raise ValueError(f"{self.resume} holds a run of another network: {fault}")
+        raise WrongValue(f"{self.resume} holds a run of another network: {fault}")
     self.run.load_state(state, about['done'])
     self.history = History(**about['history'])
     self.best = those_of('best', state)
@@ -321,7 +322,7 @@ def start_(self: Fit) -> None:
     if going_on: self.resume_run_()
     done = torch.tensor(float(self.run.done), device=self.run.device)
     if global_sum(done) != self.run.done * rank_and_size()[1]:
-        raise ValueError(f"not every process found the run in {self.resume}; "
+        raise WrongValue(f"not every process found the run in {self.resume}; "
                          "name a file that all of them can see")
     if not is_first(): return
     if self.checkpoint is not None: check_writable(self.checkpoint)

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from matplotlib.axes import Axes
 from ..core.checks import check_range, nearest
 from ..core.display import Table, percent
+from ..core.errors import WrongValue
 
 # %% auto #0
 __all__ = ['TrainConfig', 'History']
@@ -32,7 +33,7 @@ class TrainConfig:
         check_range('lr', self.lr, 0, open_low=True)
         check_range('momentum', self.momentum, 0, 1)
         if self.momentum == 1:
-            raise ValueError('momentum must be a number at least 0 and below 1, '
+            raise WrongValue('momentum must be a number at least 0 and below 1, '
                              f'not {self.momentum!r}')
         check_range('weight_decay', self.weight_decay, 0)
         check_range('warmup', self.warmup, 0, 1)
@@ -47,7 +48,7 @@ def make_config(
     known = [f.name for f in fields(TrainConfig)]
     for name in options:
         if name in known: continue
-        raise ValueError(f"fit has no option {name!r}{nearest(name, known)} "
+        raise WrongValue(f"fit has no option {name!r}{nearest(name, known)} "
                          f"(known: {', '.join(known)})")
     return replace(config or TrainConfig(), **options)
 

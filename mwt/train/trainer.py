@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from ..core.errors import MwtError, TrainingLost
 from ..core.nets import device_of, evaluating, logits_of, memory_format
 from ..core.processes import GlobalNorms, global_sum, rank_and_size
 from ..core.signature import weights_of
@@ -208,8 +209,8 @@ def check_losses(self: Trainer) -> None:
     step = self.done - len(losses) + lost[0] + 1
     before = ', '.join(f'{loss:.3g}' for loss in losses[max(0, lost[0] - SHOWN):lost[0]])
     after = f' after losses of {before}' if before else ''
-    raise FloatingPointError(f"in step {step} of {self.steps},{after} the loss became "
-                             f"{losses[lost[0]]}")
+    raise TrainingLost(f"in step {step} of {self.steps},{after} the loss became "
+                       f"{losses[lost[0]]}")
 
 # %% ../../nbs/07_train/03_trainer.ipynb #1224d0a7
 def is_out_of_memory(
@@ -248,26 +249,29 @@ def size_that_fits(self: Trainer) -> int: # images; 0: not even one
     return size
 
 # %% ../../nbs/07_train/03_trainer.ipynb #855b9bfc
+class NotEnoughMemory(MwtError, torch.OutOfMemoryError):
+    "A step for which the device has no room."
+
 @patch
 def out_of_memory(self: Trainer,
     why: str, # what PyTorch said
-) -> torch.OutOfMemoryError: # to be raised
+) -> NotEnoughMemory: # to be raised
     "An error that names a batch size for which the memory would do."
     if self.batch is None:
-        return torch.OutOfMemoryError(f"not enough memory on {self.device} ({why}); "
-                                      "take a smaller batch_size, or smaller images")
+        return NotEnoughMemory(f"not enough memory on {self.device} ({why}); "
+                               "take a smaller batch_size, or smaller images")
     world = rank_and_size()[1]
     size = len(self.batch[1])
     said = f"not enough memory on {self.device} for batches of {world * size} images ({why})"
     found = self.size_that_fits()
     if not found:
-        return torch.OutOfMemoryError(f"{said}, nor for smaller ones; take smaller images, or a "
-                                      "smaller network (width)")
+        return NotEnoughMemory(f"{said}, nor for smaller ones; take smaller images, or a "
+                               "smaller network (width)")
     n = -(-size // found)
     fits = f"batch_size={found} fits, and so does accumulate={n}"
     if world > 1: fits = f"batch_size={world * found} may fit, and so may accumulate={n}"
-    return torch.OutOfMemoryError(f"{said}; {fits}, which learns batches of {world * size} in "
-                                  f"{n} pieces")
+    return NotEnoughMemory(f"{said}; {fits}, which learns batches of {world * size} in "
+                           f"{n} pieces")
 
 # %% ../../nbs/07_train/03_trainer.ipynb #14fd49b9
 def _gather(
