@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -246,6 +246,23 @@ def load_tensors(
     if not isinstance(about, dict):
         raise WrongValue(f"{path} holds a description that is no dictionary; {again}")
     return tensors, about
+
+# %% ../../nbs/01_core/03_files.ipynb #60523256
+SENSELESS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+             ValueError)
+
+@contextmanager
+def describes(
+    path: str | Path, # of a file that is being read
+    what: str, # it should describe, with an article
+) -> Iterator[None]:
+    "Inside the block whatever goes wrong is a `ValueError` that names the file."
+    try: yield
+    except SENSELESS as e:
+        why = str(e)[:1000]
+        if isinstance(e, KeyError): why = f'{shortened(e.args[0])} is missing'
+        raise WrongValue(f"{path} does not describe {what} that this version of mwt knows: "
+                         f"{why}") from e
 
 # %% ../../nbs/01_core/03_files.ipynb #61bd437b
 def write_json(
