@@ -57,6 +57,20 @@ def decode(
     raise WrongValue(f"a module file names an argument of kind {kind!r}, "
                      "which this version of mwt does not know")
 
+# %% ../../nbs/04_channels/08_description.ipynb #b29f69a1
+def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]: # by name
+    "What makes a layer; recurrent ones hand arguments on to the class that they inherit from."
+    own = inspect.signature(kind).parameters
+    if not issubclass(kind, nn.RNNBase): return own
+    base = dict(inspect.signature(kind.__base__).parameters)
+    base.pop('mode')
+    return base | dict(nonlinearity=inspect.Parameter('nonlinearity', inspect.Parameter.KEYWORD_ONLY,
+                                                      default='tanh'))
+
+def _arguments(kind: type[nn.Module]) -> list[str]:
+    "What files may say of a layer; not where its memory is."
+    return [n for n in _parameters(kind) if n not in ('device', 'dtype')]
+
 # %% ../../nbs/04_channels/08_description.ipynb #367dc1d6
 def make_layer(
     name: str, # path of the layer, for errors
@@ -65,13 +79,16 @@ def make_layer(
     "The layer that a description names. Raises `ValueError` for an unknown type."
     if description.get('type') not in LAYERS:
         raise WrongValue(f"{name}: unknown layer type {description.get('type')!r}")
+    kind = LAYERS[description['type']]
     arguments = {k: decode(v, {}) for k, v in description.items() if k != 'type'}
+    for unknown in arguments.keys() - set(_arguments(kind)):
+        raise WrongValue(f"{name}: a layer of a file has no argument {unknown!r}")
     deep = arguments.get('num_layers', 1)       # each one takes time to make
     if not isinstance(deep, int) or deep > DEEPEST:
         raise WrongValue(f"{name}: num_layers={deep!r}; at most {DEEPEST}")
-    return LAYERS[description['type']](**arguments)
+    return kind(**arguments)
 
-DEEPEST = 1000      # layers in one of `nn.LSTM` and the like
+DEEPEST = 100       # layers in one of `nn.LSTM` and the like
 
 # %% ../../nbs/04_channels/08_description.ipynb #9be81c2b
 def like(
@@ -90,19 +107,10 @@ def _settings(layer: nn.Module, other: nn.Module) -> dict[str, Any]:
 
 OWN = ('proj_size', 'nonlinearity')        # of some recurrent layers only; others refuse them
 
-def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]: # by name
-    "What makes a layer; recurrent ones hand arguments on to the class that they inherit from."
-    own = inspect.signature(kind).parameters
-    if not issubclass(kind, nn.RNNBase): return own
-    base = dict(inspect.signature(kind.__base__).parameters)
-    base.pop('mode')
-    return base | dict(nonlinearity=inspect.Parameter('nonlinearity', inspect.Parameter.KEYWORD_ONLY,
-                                                      default='tanh'))
-
 def _candidates(layer: nn.Module, kind: type[nn.Module]) -> list[dict[str, Any]]:
     "Arguments that may make a layer like this one: those it says, and all settings of the flags."
     parameters = _parameters(kind)
-    names = [n for n in parameters if n not in ('device', 'dtype')]
+    names = _arguments(kind)
     said = {n: getattr(layer, n) for n in names if hasattr(layer, n)}
     for n in OWN:
         if n in said and said[n] == parameters[n].default: del said[n]

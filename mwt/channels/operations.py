@@ -20,12 +20,15 @@ __all__ = []
 # %% ../../nbs/04_channels/07_operations.ipynb #e37c3716
 MEMORY = ('empty', 'resize', 'strided', 'set_', 'pin_memory', 'data', 'unsafe', 'sparse', 'cuda',
           'cpu', 'mkldnn', 'requires_grad', 'quantize', 'int_repr', 'q_per', 'coalesce')
+NAMED = ('segment_reduce', 'ctc_loss', 'slice_inverse', 'smm', 'hspmm', 'sspaddmm', 'to_dense',
+         'to_padded_tensor', 'crow_indices', 'ccol_indices', 'col_indices', 'row_indices', 'indices',
+         'values', 'index', 'crow_indices_copy', 'col_indices_copy', 'indices_copy', 'values_copy')
 
 def takes_and_returns_tensors(
     name: str, # of an operator, as ATen calls it, e.g. 'relu_' or 'linalg_norm'
 ) -> bool:
     "Does this operator compute tensors of tensors, by PyTorch's own register?"
-    if name.startswith('_') or any(word in name for word in MEMORY): return False
+    if name[0] == '_' or name in NAMED or any(word in name for word in MEMORY): return False
     for schema in torch._C._jit_get_schemas_for_operator(f'aten::{name}'):
         first = str(schema.arguments[0].type) if schema.arguments else ''
         returned = [str(r.type) for r in schema.returns]
@@ -52,6 +55,7 @@ def is_tensor_function(
     parameters = list(inspect.signature(function).parameters.values())
     takes_code = any('Callable' in str(p.annotation) for p in parameters)
     tensor_first = parameters[0].name == 'input' or 'Tensor' in str(parameters[0].annotation)
+    if function.__name__ in NAMED: return False
     return not takes_code and (tensor_first or function in OVERRIDABLE)
 
 # %% ../../nbs/04_channels/07_operations.ipynb #f2fba698
@@ -105,8 +109,8 @@ DTYPES: dict[str, torch.dtype] = {
     n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
 
 METHOD_NAMES: frozenset[str] = frozenset(
-    name for name in dir(Tensor)
-    if takes_and_returns_tensors(name) or name in (*DTYPES, *QUESTIONS, *RULES))
+    name for name in dir(Tensor) if callable(getattr(Tensor, name))
+    and (takes_and_returns_tensors(name) or name in (*DTYPES, *QUESTIONS, *RULES)))
 
 RESULTS = {n for kind in vars(torch.return_types).values() if isinstance(kind, type)
            for n in getattr(kind, '__match_args__', ())}        # 'values', 'indices', ...

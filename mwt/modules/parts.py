@@ -13,10 +13,10 @@ import torch
 from fastcore.basics import patch
 from matplotlib.axes import Axes
 from torch import Tensor
-from ..core.checks import check_choice
+from ..core.checks import check_choice, check_range
 from ..core.display import Table, percent
 from ..core.errors import WrongValue
-from ..core.files import load_tensors, save_tensors
+from ..core.files import describes, load_tensors, save_tensors
 from ..core.signature import Signature, as_signature
 from .modularity import jaccard, jaccard_coupling, kernel_retention
 
@@ -153,6 +153,7 @@ def _write_values(
 
 # %% ../../nbs/08_modules/02_parts.ipynb #d7ce842c
 TENSORS = ('frequency', 'kept', 'thresholds', 'cohesion')       # what a file of parts holds
+FLOATS = (torch.float32, torch.float64)
 
 # %% ../../nbs/08_modules/02_parts.ipynb #36d5118f
 def save_parts(
@@ -172,14 +173,20 @@ def load_parts(
     "Read parts. Raises `ValueError` for a file that is damaged or not ours."
     tensors, about = load_tensors(path, 'parts')
     if 'kept' not in tensors and 'modules' in tensors: tensors['kept'] = tensors.pop('modules')
-    try:
+    with describes(path, 'parts'):
         about['signature'] = as_signature(about.get('signature'))
         parts = Parts(**about, **tensors)
+        _check_words(parts)
         _check_shapes(parts)
-    except (TypeError, AttributeError, ValueError) as e:
-        raise WrongValue(f"{path} does not describe parts that this version of mwt knows: "
-                         f"{e}") from e
     return parts
+
+def _check_words(parts: Parts) -> None:
+    "Raises `ValueError` for classes without names, and for layers without kernels."
+    names = [*parts.classes, *parts.sizes]
+    if not isinstance(parts.classes, list) or not all(isinstance(name, str) for name in names):
+        raise WrongValue('classes must be a list of names, and layers must have names')
+    for name, size in parts.sizes.items(): check_range(name, size, 1, integer=True)
+    check_range('samples', parts.samples, 0, integer=True)
 
 def _check_shapes(parts: Parts) -> None:
     "Raises `ValueError` where classes, layers and tensors do not fit each other."
@@ -193,3 +200,6 @@ def _check_shapes(parts: Parts) -> None:
         raise WrongValue(f"{name} has shape {found}, not {shape}; decompose again")
     if parts.kept.dtype != torch.bool:
         raise WrongValue(f"kept must be boolean, not {parts.kept.dtype}; decompose again")
+    for name in ('frequency', 'thresholds', 'cohesion'):
+        if (kind := getattr(parts, name).dtype) in FLOATS: continue
+        raise WrongValue(f"{name} must be floats, not {kind}; decompose again")

@@ -19,17 +19,17 @@ from ..core.accepted import check_answer, check_can_train
 from ..core.checks import check_choice, check_range, seeded
 from ..core.display import percent, progress
 from ..core.errors import TrainingLost, WrongValue
-from ..core.files import check_writable, load_tensors, save_tensors
+from ..core.files import check_writable, describes, load_tensors, save_tensors
 from ..core.nets import evaluating, input_dtype, memory_format, untouched
 from ..core.processes import global_sum, rank_and_size
-from ..core.signature import signature_of, weights_of
+from ..core.signature import signature_of, weights_of, without_signature
 from ..data.batches import ImageData
 from ..data.loaders import as_image_data, matched_data
 from ..channels.trace import input_channels
 from ..methods.base import METHODS, describe_method, make_method
 from ..measure import check_channels, evaluate, n_outputs
 from .checkpoint import ask, misfit, save_checkpoint
-from .history import History, TrainConfig, make_config
+from .history import History, TrainConfig, as_history, make_config
 from .trainer import Trainer, is_out_of_memory, prefixed, those_of, train_epoch
 
 # %% auto #0
@@ -306,13 +306,20 @@ def resume_run_(self: Fit) -> None:
     "Go on from the file. Raises `ValueError` for a run of another kind."
     state, about = load_tensors(self.resume, 'run')
     check_same_images(self.resume, self.fingerprint, about.get('fingerprint'))
-    check_same_run(self.resume, self.settings(), todays_settings(about['settings']))
+    with describes(self.resume, 'a run'):
+        settings = todays_settings(about['settings'])
+        history = as_history(about['history'])
+        check_range('done', about['done'], 0, 2**53, integer=True)
+    check_same_run(self.resume, self.settings(), settings)
     state = todays_state(self.model, state)
-    if fault := misfit(self.model, those_of('model', state), about['settings']):
+    best = without_signature(self.model, those_of('best', state))
+    for weights in (those_of('model', state), *([best] if history.rows else [])):
+        if not (fault := misfit(self.model, weights, settings)): continue
         raise WrongValue(f"{self.resume} holds a run of another network: {fault}")
+    with describes(self.resume, 'a run'): self.run.check_state(state)
     self.run.load_state(state, about['done'])
-    self.history = History(**about['history'])
-    self.best = those_of('best', state)
+    self.history = history
+    self.best = best
 
 # %% ../../nbs/07_train/04_fit.ipynb #038384bf
 @patch

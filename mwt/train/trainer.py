@@ -13,12 +13,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from ..core.errors import MwtError, TrainingLost
+from ..core.errors import MwtError, TrainingLost, WrongValue
 from ..core.nets import device_of, evaluating, logits_of, memory_format
 from ..core.processes import GlobalNorms, global_sum, rank_and_size
-from ..core.signature import weights_of
+from ..core.signature import weights_of, without_signature
 from ..methods.base import cross_entropy
-from .checkpoint import ask
+from .checkpoint import FLOATS, ask
 from .history import TrainConfig, lr_factor
 
 # %% auto #0
@@ -408,12 +408,26 @@ def state(self: Trainer) -> dict[str, Tensor]: # names begin with model, momentu
     return model | momentum | prefixed('random', self.random_state())
 
 @patch
+def check_state(self: Trainer,
+    state: Mapping[str, Tensor], # from a file; its weights fit the model
+) -> None:
+    "Raises `ValueError` and the like for momentum or random numbers that cannot be taken over."
+    weights = dict(self.model.named_parameters())
+    for name, momentum in those_of('momentum', state).items():
+        if momentum.shape == weights[name].shape and momentum.dtype in FLOATS: continue
+        raise WrongValue(f'the momentum of {name} has another shape or type than the weight')
+    random = those_of('random', state)
+    torch.Generator().set_state(random['cpu'])
+    if self.device.type == 'cuda' and 'cuda' in random:
+        torch.Generator(self.device).set_state(random['cuda'])
+
+@patch
 def load_state(self: Trainer,
     state: Mapping[str, Tensor], # from `state`
     done: int, # steps
 ) -> None:
     "Go on from there. Only before the first step."
-    self.model.load_state_dict(those_of('model', state))
+    self.model.load_state_dict(without_signature(self.model, those_of('model', state)))
     for name, momentum in those_of('momentum', state).items():
         p = self.model.get_parameter(name)
         self.optimizer.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(momentum)
