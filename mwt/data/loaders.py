@@ -12,9 +12,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from ..core.checks import check_range, resolve_device
+from ..core.checks import WHOLE, check_range, resolve_device, shown
 from ..core.errors import WrongType, WrongValue
-from .batches import Batches, ImageData, SplitData, _check_classes
+from .batches import Batches, ImageData, SplitData, _check_classes, class_names
 from ..core.signature import Signature, check_pixels, signature_of
 from .labels import check_labels, class_indices
 
@@ -97,8 +97,8 @@ def _class_names(
     n_classes: int | None, # how many, where neither the user nor the data set says
 ) -> list[str]: # class names, in the order of their labels
     "The classes of a loader. Raises `ValueError` where nobody knows them."
-    if isinstance(classes, int): return _numbered(classes)
-    if classes is not None: return list(classes)
+    if isinstance(classes, WHOLE): return _numbered(classes)
+    if classes is not None: return class_names(classes)
     data = getattr(source, 'dataset', None)
     while data is not None:
         if names := getattr(data, 'classes', None): return [str(name) for name in names]

@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.accepted import check_answer, check_can_train
-from ..core.checks import check_choice, check_range, seeded
+from ..core.checks import (check_choice, check_flag, check_kind, check_range, is_out_of_memory,
+                             seeded)
 from ..core.display import percent, progress
 from ..core.errors import TrainingLost, WrongValue
 from ..core.files import check_writable, load_tensors, save_tensors
@@ -30,7 +31,7 @@ from ..methods.base import METHODS, describe_method, make_method
 from ..measure import check_channels, evaluate, n_outputs
 from .checkpoint import ask, misfit, save_checkpoint
 from .history import History, TrainConfig, make_config
-from .trainer import Trainer, is_out_of_memory, prefixed, those_of, train_epoch
+from .trainer import Trainer, prefixed, those_of, train_epoch
 
 # %% auto #0
 __all__ = ['fit']
