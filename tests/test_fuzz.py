@@ -2,8 +2,9 @@
 
 A call below names its good arguments; `fuzz.py` mixes them with bad ones. What stands under it checks the result."""
 from __future__ import annotations
-import json, math, re
+import json, math, shutil
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 import matplotlib.pyplot as plt
@@ -101,7 +102,7 @@ def _(found: Any, train: Any, test: Any, valid: Any = .1, classes: Any = None, b
     assert found.classes == names and all(isinstance(c, str) for c in found.classes)
     held_out = isinstance(valid, tuple)
     if not held_out: whole(found, 30, batch_size, valid)
-    assert found.test.n == 12 and found.train.n + (0 if held_out else found.valid.n) == 30
+    assert found.test.n == len(test[0]) and found.train.n + (0 if held_out else found.valid.n) == 30
     assert (found.train.augment is None) == (rest.get('augment', 'auto') is None)
 
 @call('Batches', needed='images labels classes', words='pad', images='split()[0]', labels='split()[1] | split()[1].tolist()',
@@ -212,7 +213,7 @@ def _(found: Any, self: Any, rank: int, world: int) -> None: assert found.train.
 def _(found: Any, train: Any, valid: Any, test: Any, fingerprint: Any = None) -> None:
     assert found.n_classes == 3 and found.shape == (1, 8, 8) and repr(found)
 
-@call('image_data', needed='source root device', words='data set|folder|data must', root='TMP', fixed='root', examples=60,
+@call('image_data', needed='source root device', words='data set|folder|data must|pad', root='TMP', fixed='root', examples=60,
       source="'digits' | FOLDER | str(FOLDER)", batch_size='32 | np.int64(8)', seed='0 | 1', valid='.2 | .3',
       size='None | 4 | np.int64(6)', augment="'auto' | None | Augment(1)", device="'cpu'", show_progress='False',
       streaming='None | False', workers='0 | None | np.int64(0)', white='None', skip_broken='False | True',
@@ -310,9 +311,9 @@ def trained(history: Any, model: nn.Module, epochs: int) -> None:
       loose=True, model=TRAINABLE, data=DATA, epochs='1 | 2 | np.int64(1)', seed='0 | np.int64(3)',
       config='None | TrainConfig(lr=.02)', device="None | 'cpu'", checkpoint="None | TMP/'a.safetensors' | str(TMP/'ü b')",
       resume="None | TMP/'run.safetensors'", compile="'auto' | False", show_progress='False', **CONFIG,
-      words='network|images|loader|batch|split|option|model|loss|weights|data',
+      words='network|images|loader|batch|split|option|model|loss|weights|data|could not write',
       odd=dict(model=NETS, data=BAD_DATA, config="TrainConfig | {'lr': .1} | TrainConfig()", device=BAD_DEVICES, compile="'never' | 2",
-               checkpoint="TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)", resume="TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)",
+               checkpoint="TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)", resume="stopped() | TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)",
                **BAD_CONFIG))
 def _(found: Any, model: nn.Module, data: Any, epochs: int, checkpoint: Any = None, resume: Any = None, **rest: Any) -> None:
     trained(found, model, epochs)
@@ -324,13 +325,13 @@ def _(found: Any, model: nn.Module, data: Any, epochs: int, checkpoint: Any = No
 
 HISTORY = "History([{'epoch': 1, 'loss': 2., 'valid_accuracy': .5}, {'epoch': 2, 'loss': nan, 'valid_accuracy': 1.}], 2)"
 
-@call('History.series', needed='name', self=HISTORY, name="'epoch' | 'valid_accuracy'", odd=dict(name="'los' | 'valid accuracy'"))
+@call('History.series', needed='name', words='column', self=HISTORY, name="'epoch' | 'valid_accuracy'", odd=dict(name="'los' | 'valid accuracy'"))
 def _(found: list[float], self: Any, name: str) -> None: assert len(found) == 2
 
 @call('History.table', self=HISTORY + ' | History()')
 def _(found: Any, self: Any) -> None: assert len(found) == len(self.rows)
 
-@call('History.plot', self=HISTORY + ' | History()', axes='None | axes_pair()', changes='axes', odd=dict(axes='figure_axes()'))
+@call('History.plot', words='history', loose=True, self=HISTORY + ' | History()', axes='None | axes_pair()', changes='axes', odd=dict(axes='figure_axes()'))
 def _(found: Any, self: Any, axes: Any = None) -> None: assert len(found) == 2 and (axes is None or found == axes)
 
 JUDGED = "data().test | data().train | loader('test') | data().test.subset(NAMES[::-1])"
@@ -394,7 +395,7 @@ def _(found: Any, model: ModularModel, parts: Any, classes: Any, fuse: bool = Fa
     else: assert answer(found, x).isfinite().all()
     if fuse: assert not any(isinstance(m, nn.BatchNorm2d) for m in found.modules())
 
-@call('compose', needed='modules', words='module|class', modules="[module()] | [module(), module('owl')] | (module('owl'), module('cat'))",
+@call('compose', needed='modules', words='module|class|weight', modules="[module()] | [module(), module('owl')] | (module('owl'), module('cat'))",
       odd=dict(modules="[module(), module()] | [net()] | module() | [model()] | [module(), net()] | [module(), module('owl').double()]"
                        " | iter([module()]) | {'a': module()} | [module(), module('owl').to('meta')]"))
 def _(found: Any, modules: Any) -> None:
@@ -402,7 +403,7 @@ def _(found: Any, modules: Any) -> None:
     assert found.classes == [c for m in modules for c in m.classes]
     assert close(answer(found, X.sigmoid()), torch.cat([answer(m, X.sigmoid()) for m in modules], 1))
 
-@call('fine_tune', needed='module data epochs show_progress', small='epochs', words='module|class|network|images|loader|data|loss|weights|batch',
+@call('fine_tune', needed='module data epochs show_progress', small='epochs', words='module|class|network|images|loader|data|loss|weights|batch|split',
       module="module() | module(*NAMES)", data="data() | data().subset(['dög ☃', 'cat', 'owl'])", epochs='1 | np.int64(2)', examples=60,
       new_head=FLAG, lr='.01 | np.float32(.1)', show_progress='False', loose=True,
       odd=dict(module=NETS, data=BAD_DATA, lr='1e30 | 0 | -1'))
@@ -448,12 +449,11 @@ SAVED = "CHECKPOINT | str(CHECKPOINT) | PARTS | MODULE"
 @call('save_checkpoint', needed='model path', words='network|path|write|could not', model="net() | model() | module()", path=PATHS,
       about="None | {} | {'a': [1, 'ü', None]}", odd=dict(model=NETS, path=BAD_PATHS, about="{1: 2} | {'a': object()} | [1] | {'a': nan} | {'signature': 3} | {object(): 1} | {'classes': 7}"))
 def _(found: Path, model: nn.Module, path: Any, about: Any = None) -> None:
-    other = mwt.plain(model)
-    if isinstance(model, ModularModel): other = globals()['model'](model.method.name)
+    other = deepcopy(model)
     with torch.no_grad(): [p.zero_() for p in other.parameters() if p.is_floating_point()]
     said = mwt.load_checkpoint(other, found)
-    assert same_state(other, model) and found == Path(path)
-    assert all(said[k] == v or v != v for k, v in (about or {}).items() if k not in ('signature', 'classes'))
+    assert snapshot(weights_of(other)) == snapshot(weights_of(model)) and found == Path(path)
+    assert all(said[k] == v or v != v for k, v in {str(k): v for k, v in (about or {}).items()}.items() if k not in ('signature', 'classes'))
 
 @call('load_checkpoint', needed='model path', changes='model', words='network|checkpoint|could not|no ', model="net()", path='CHECKPOINT | str(CHECKPOINT)',
       odd=dict(model=NETS, path=BAD_PATHS + " | PARTS | MODULE | FOLDER/'cat'/'0.png'"))
@@ -491,7 +491,7 @@ def _(found: Any, folder: Any, data: Any = None) -> None: assert found.state == 
 
 OLD = 'Run.open(OLD)'
 
-@call('Run.path', needed='name', self=OLD, name="'model' | 'parts'", odd=dict(name="'modell' | 'run.json'"))
+@call('Run.path', needed='name', words='file', self=OLD, name="'model' | 'parts'", odd=dict(name="'modell' | 'run.json'"))
 def _(found: Path, self: Any, name: str) -> None: assert found.parent == self.folder
 
 @call('Run.data', self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
@@ -560,9 +560,16 @@ def make_scope(folder: Path) -> dict[str, Any]:
         run.decompose(show_progress=False)
         [cut] = run.extract(['cat', 'dog'])
     tmp = folder/'tmp'
-    tmp.mkdir()
-    return dict(TMP=tmp, FOLDER=images, OLD=folder/'old', SPARE=folder/'spare', X=X,
+    try: mwt.fit(net(), data(), 1, lr=1e30, resume=folder/'stopped', show_progress=False)
+    except mwt.MwtError: pass
+    def stopped() -> Path: return Path(shutil.copy(folder/'stopped', tmp))
+    return dict(TMP=tmp, stopped=stopped, FOLDER=images, OLD=folder/'old', SPARE=folder/'spare', X=X,
                 MODULE_OF_RUN=run.module_path(cut.classes), **files)
+
+def renew(folder: Path) -> None:
+    "An empty folder for each example."
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 def examine(call: Call, scope: dict[str, Any], examples: int) -> None:
     how = settings(max_examples=examples, deadline=None, derandomize=True, database=None,
@@ -570,6 +577,7 @@ def examine(call: Call, scope: dict[str, Any], examples: int) -> None:
     @how
     @given(st.data())
     def check(data: st.DataObject) -> None:
+        renew(scope['TMP'])
         given, odd = draw(call, lambda items: data.draw(st.sampled_from(items)))
         try: try_out(call, given, odd, scope)
         finally: plt.close('all')

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from tabulate import tabulate
-from .checks import NUMBERS, check_flag, check_kind, check_range, shown
+from .checks import LARGEST, NUMBERS, WHOLE, check_flag, check_kind, check_range, shown
 from .errors import WrongType
 
 # %% auto #0
@@ -58,6 +58,7 @@ class Table:
     ) -> None:
         check_kind('rows', rows, (list, tuple), 'a list of dictionaries, one a row')
         for row in rows: check_kind('rows', row, dict, 'a list of dictionaries, one a row')
+        check_kind('title', title, str, 'text')
         self.rows = list(rows)
         self.title = title
 
@@ -85,6 +86,7 @@ def percent(
 ) -> str: # e.g. `'14.6 %'`
     "A fraction as people read it; `-` where there is none."
     if fraction is not None: check_kind('fraction', fraction, NUMBERS, 'a number, or None')
+    if isinstance(fraction, WHOLE): check_range('fraction', fraction, -LARGEST, integer=True)
     check_range('digits', digits, 0, 100, integer=True)
     if fraction is None or math.isnan(fraction): return '-'
     return f'{100 * fraction:.{digits}f} %'

@@ -97,7 +97,7 @@ def class_names(
 ) -> list[str]:
     "Raises `TypeError` for what are no names, `ValueError` for two of one name."
     names = None
-    if isinstance(classes, (list, tuple, np.ndarray)): names = list(classes)
+    if isinstance(classes, (list, tuple, np.ndarray)) and np.ndim(classes): names = list(classes)
     if names is None or not all(isinstance(name, str) for name in names):
         raise WrongType(f'classes must be a list of names, not {shown(classes)}')
     if len(set(names)) < len(names):
@@ -112,7 +112,7 @@ def as_statistics(
     "Raises `ValueError` for anything but a number for each channel, above 0 for a spread."
     channels = images.shape[1]
     try: found = torch.as_tensor(values, dtype=torch.float32, device=images.device)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError): found = torch.zeros(0)
+    except (TypeError, ValueError, RuntimeError, OverflowError): found = torch.zeros(0)
     fits = found.shape == (channels,) and found.isfinite().all()
     if fits and (name == 'mean' or found.min() >= 1e-9): return found
     kind = 'numbers' if name == 'mean' else 'numbers above 0'

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/02_data/01_labels.ipynb #781041b3
 from __future__ import annotations
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 import numpy as np
 import torch
@@ -62,9 +62,9 @@ def as_list(
 ) -> list[Any]:
     "A single choice is a list of one. Raises `TypeError` for what holds no choices."
     if isinstance(chosen, (str, int, np.integer)): return [chosen]
-    try: return list(chosen)
-    except TypeError:
-        raise WrongType(f'classes must be names or numbers of classes, not {shown(chosen)}') from None
+    if isinstance(chosen, (Collection, Iterator)) and getattr(chosen, 'shape', None) != ():
+        return list(chosen)
+    raise WrongType(f'classes must be names or numbers of classes, not {shown(chosen)}')
 
 def _class_index(
     choice: str | int, # a name or an index

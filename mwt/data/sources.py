@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.checks import check_choice, check_flag, check_range, room_for, shown
+from ..core.checks import (NUMBERS, check_choice, check_flag, check_kind, check_range,
+                             own_numbers_, room_for, shown)
 from ..core.errors import NotFound, WrongType, WrongValue
 from ..core.files import as_path, fits_disk
 from .augment import Augment
@@ -72,12 +73,10 @@ def _resize(
 ) -> Tensor: # uint8
     "Images of another size."
     if size is None: return images
-    size = int(size)
     def resized(piece: Tensor) -> Tensor:
         found = F.interpolate(piece.float(), (size, size), mode='bilinear', antialias=True)
         return found.round_().clamp_(0, 255).byte()
-    with room_for(f'images of size={size}', 'take a smaller size'):
-        return torch.cat([resized(piece) for piece in images.split(1024)])
+    return torch.cat([resized(piece) for piece in images.split(1024)])
 
 # %% ../../nbs/02_data/06_sources.ipynb #65c63416
 def _named_splits(
@@ -236,13 +235,16 @@ def image_data(
 ) -> ImageData:
     "Training, validation and test batches of a named data set or of a folder of images."
     source, root = _find(source), as_path(root, 'root')
+    check_kind('valid', valid, NUMBERS, 'a number, the fraction to hold out')
     device = _check_options(batch_size, seed, valid, augment, device, show_progress)
     if workers is None: workers = _default_workers()
     how = Reading(root, size, white, skip_broken, streaming, workers, show_progress)
     _check_reading(source, how)
-    if isinstance(source, Path):
-        splits, classes, fingerprint = _folder_splits(source, valid, seed, how, device)
-    else: splits, classes, fingerprint = _named_splits(source, root, valid, seed, size)
+    own_numbers_(how)
+    with room_for(f'all images (size={size})', 'take a smaller size, or streaming=True'):
+        if isinstance(source, Path):
+            splits, classes, fingerprint = _folder_splits(source, valid, seed, how, device)
+        else: splits, classes, fingerprint = _named_splits(source, root, valid, seed, how.size)
     if isinstance(augment, str):
         augment = _auto_augment(splits['train'][0].shape, flip=source not in ('digits', 'svhn'))
     return from_tensors(**splits, classes=classes, batch_size=batch_size, seed=seed,
