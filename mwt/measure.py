@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from .core.accepted import check_answer, check_is_network
-from .core.checks import check_choice, check_range
+from .core.accepted import check_answer, check_is_network, check_weights
+from .core.checks import check_choice, check_range, is_out_of_memory, room_for
 from .core.display import Table, percent
-from .core.errors import WrongValue
+from .core.errors import MwtError, WrongValue
 from .core.processes import global_sum
 from .core.nets import device_of, evaluating, input_dtype, untouched
 from .core.signature import Signature, signature_of
-from .data.batches import Batches
+from .data.batches import Batches, class_names
 from .data.loaders import LoaderBatches, as_batches, check_shape, taken_by
-from .channels.trace import find_example, input_channels
+from .channels.trace import REFUSALS, find_example, input_channels
 
 # %% auto #0
 __all__ = ['evaluate', 'profile']
@@ -95,11 +95,22 @@ def _accepts(model: nn.Module, batches: Batches | LoaderBatches) -> bool:
 # %% ../nbs/06_measure/01_measure.ipynb #7afdcbdc
 def _logits(model: nn.Module, images: Tensor, n: int) -> Tensor:
     "A network's logits. Raises `ValueError` unless they are for `n` classes."
-    logits = model(images.to(input_dtype(model)))
+    try: logits = model(images.to(input_dtype(model)))
+    except REFUSALS as e:
+        if isinstance(e, MwtError) or is_out_of_memory(e): raise
+        raise WrongValue(f"{type(model).__name__} does not take images of {tuple(images.shape[1:])}: "
+                         f"{str(e) or type(e).__name__}; give images as in its training") from e
     check_answer(model, logits)
     if logits.shape[1] == n: return logits
     raise WrongValue(f"the network answers for {logits.shape[1]} classes, the data has {n}; "
                      "pass data of the classes that the network was made for")
+
+def _names(classes: Any) -> list[str]:
+    "Raises `TypeError` for anything but names, `ValueError` for none."
+    if isinstance(classes, str): classes = [classes]
+    names = class_names(classes)
+    if not names: raise WrongValue('classes must be at least one, or None for all')
+    return names
 
 def confusion(
     model: nn.Module, # any network
@@ -111,19 +122,25 @@ def confusion(
     batches = found_batches(model, batches)
     check_channels(model, batches)
     known = known_classes(model, batches)
-    chosen = list(known if classes is None else classes)
+    chosen = known if classes is None else [str(c) for c in _names(classes)]
     check_names(known, chosen, batches)
     check_shape(signature_of(model), batches)
     batches = taken_by(batches.plain(), model)
     if chosen != list(batches.classes): batches = batches.subset(chosen)
     columns = torch.tensor([known.index(c) for c in batches.classes], device=batches.device)
     n = len(columns)
+    lost = torch.zeros((), dtype=torch.bool, device=batches.device)
     counts = torch.zeros(n * n, dtype=torch.long, device=batches.device)
     with evaluating(model):
         for images, labels in batches:
-            answers = _logits(model, images, len(known))[:, columns].argmax(1)
+            logits = _logits(model, images, len(known))[:, columns]
+            answers = logits.argmax(1)
+            lost |= logits.isnan().any()
             counts += torch.bincount(labels * n + answers, minlength=n * n)
     if batches.shared: counts = global_sum(counts)      # each process saw its rows only
+    if lost:
+        raise WrongValue(f'{type(model).__name__} answers NaN; load its weights again, or give images '
+                         'without NaN')
     return counts.view(n, n).cpu()
 
 # %% ../nbs/06_measure/01_measure.ipynb #e2260509
@@ -134,6 +151,7 @@ def evaluate(
 ) -> float: # accuracy, a fraction in [0, 1]
     "The fraction of samples that a network gets right."
     counts = confusion(model, batches, classes)
+    if not counts.sum(): raise WrongValue('batches must have images of the classes, not none')
     return (counts.diagonal().sum() / counts.sum()).item()
 
 # %% ../nbs/06_measure/01_measure.ipynb #a97ad9ea
@@ -207,6 +225,14 @@ def _input_shape(model: nn.Module) -> tuple[int, ...]:
     "Channels, height and width of the images that a network takes."
     return getattr(model, 'input_shape', None) or tuple(find_example(model).shape[1:])
 
+def _check_takes(model: nn.Module, images: Tensor) -> None:
+    "Raises `ValueError` for a network that does not run on such images."
+    try:
+        with evaluating(model), untouched(model): model(images)
+    except REFUSALS as e:
+        raise WrongValue(f"{type(model).__name__} does not take images of {tuple(images.shape[1:])}: "
+                         f"{str(e) or type(e).__name__}; measure networks for images of one shape") from e
+
 def profiles(
     models: Sequence[nn.Module], # networks for images of one shape, measured in turns
     batch_size: int = 1, # images at a time
@@ -215,10 +241,14 @@ def profiles(
     "Count parameters and FLOPs and time several networks side by side."
     check_range('batch_size', batch_size, 1, integer=True)
     check_range('repeats', repeats, 1, integer=True)
-    for model in models: check_is_network(model)
+    for model in models:
+        check_is_network(model)
+        check_weights(model)
     device = device_of(models[0])
-    x = torch.rand(batch_size, *_input_shape(models[0]), device=device)
+    with room_for(f'{batch_size=} images', 'take a smaller batch_size'):
+        x = torch.rand(batch_size, *_input_shape(models[0]), device=device)
     inputs = [x.to(input_dtype(m)) for m in models]
+    for model, x in zip(models, inputs): _check_takes(model, x[:2])
     calls = {str(i): partial(m, x) for i, (m, x) in enumerate(zip(models, inputs))}
     with ExitStack() as stack:
         for m in models: stack.enter_context(evaluating(m))
@@ -238,7 +268,8 @@ def _profile_row(
     if len(values) == 1: return row
     known = values[1] == values[1]
     row['full'] = f'{values[1]:,.{digits}f}' if known else '-'
-    row['ratio'] = percent(values[0] / values[1])
+    ratio = values[0] / values[1] if values[1] else None     # of a network without parameters, say
+    row['ratio'] = percent(ratio)
     return row
 
 # %% ../nbs/06_measure/01_measure.ipynb #ae0a156c
@@ -251,6 +282,7 @@ def profile(
     "Parameters, FLOPs and latency of a network, beside those of a full model."
     networks = [model]
     if against is not None:
+        check_is_network(against, 'against')
         if hasattr(against, 'plain'): against = against.plain()
         networks.append(against)
     found = profiles(networks, batch_size, repeats)

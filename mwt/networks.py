@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 import torch
 from torch import Tensor, nn
-from .core.checks import check_choice, check_range, seeded
+from .core.checks import check_choice, check_range, room_for, seeded
 from .core.errors import WrongValue
 
 # %% auto #0
@@ -94,7 +94,7 @@ class VGG16BN(nn.Module):
         check_range('dropout', dropout, 0, 1)
         if hidden is not None: check_range('hidden', hidden, 1, integer=True)
         self.features, channels = stacked(in_channels, width)
-        units = scaled(512, width) if hidden is None else hidden
+        units = scaled(512, width) if hidden is None else int(hidden)
         self.classifier = nn.Sequential(
             nn.Linear(channels, units), nn.ReLU(inplace=True), nn.Dropout(dropout),
             nn.Linear(units, units), nn.ReLU(inplace=True), nn.Dropout(dropout),
@@ -298,11 +298,14 @@ def create_model(
     if seed is not None:
         with seeded(seed): return create_model(name, num_classes, width, in_channels, **options)
     check_range('num_classes', num_classes, 2, integer=True)
+    check_range('width', width, 0, 8, open_low=True)
     check_range('in_channels', in_channels, 1, integer=True)
+    num_classes, width, in_channels = int(num_classes), float(width), int(in_channels)
     if isinstance(name, str) and name.startswith('torchvision/'):
         for option in options: raise WrongValue(f"{name} takes no option {option!r}; leave it out")
         return _from_torchvision(name, num_classes, width, in_channels)
     remedy = "or 'torchvision/NAME' for a network of torchvision"
     check_choice('model', name, list(NETWORKS), remedy)
     _check_options(name, options)
-    return NETWORKS[name](num_classes, width, in_channels, **options)
+    with room_for(f'{name} with {num_classes=}, {in_channels=} and {options}', 'take smaller ones'):
+        return NETWORKS[name](num_classes, width, in_channels, **options)

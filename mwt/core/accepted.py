@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
+from .checks import shown
 from .errors import WrongType, WrongValue
 from .nets import evaluating
 
@@ -35,17 +36,25 @@ def _what_it_is(
     if isinstance(thing, (tuple, list, Mapping)):
         return f'{len(thing)} things in a {name}; pass one network at a time'
     if isinstance(thing, str) or hasattr(thing, '__fspath__'):
-        return f'{str(thing)!r}; make the network first (create_model) and load its weights'
-    if thing is None or isinstance(thing, (int, float)): return f'{thing!r}'
+        return f'{shown(str(thing))}; make the network first (create_model) and load its weights'
+    if thing is None or isinstance(thing, (int, float)): return shown(thing)
     return f'an object of type {name}'
 
 # %% ../../nbs/01_core/08_accepted.ipynb #6ec77c57
+def check_is_module(
+    model: Any, # what was given as a network
+    name: str = 'model', # the argument's name, as the user typed it
+) -> None:
+    "Raises `TypeError` for what is no network."
+    if isinstance(model, nn.Module): return
+    raise WrongType(f'{name} must be a network (nn.Module), not {_what_it_is(model)}')
+
 def check_is_network(
     model: Any, # what was given as a network
+    name: str = 'model', # the argument's name, as the user typed it
 ) -> None:
     "Raises `TypeError` for what is no network, `ValueError` for one that takes no single batch."
-    if not isinstance(model, nn.Module):
-        raise WrongType(f'model must be a network (nn.Module), not {_what_it_is(model)}')
+    check_is_module(model, name)
     if isinstance(model, torch.jit.ScriptModule): return        # has a signature of its own
     if isinstance(model, fx.GraphModule): check_unwrapped(model)
     name, forward = type(model).__name__, model.forward

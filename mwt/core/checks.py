@@ -7,14 +7,29 @@ from __future__ import annotations
 import difflib
 import math
 import random
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
 import numpy as np
 import torch
-from .errors import WrongType, WrongValue
+from .errors import MwtError, WrongType, WrongValue
 
 # %% auto #0
 __all__ = []
+
+# %% ../../nbs/01_core/02_checks.ipynb #76cd9194
+LONGEST = 200       # characters of a value in an error
+
+def shown(
+    value: object, # what was given
+) -> str: # one line of at most `LONGEST` characters, and three dots
+    "A value as errors name it."
+    text = re.sub(r' at 0x[0-9a-fA-F]+', '', repr(value))
+    text = re.sub(r'\s*\n\s*', ' ', text)
+    return text if len(text) <= LONGEST else f'{text[:LONGEST]}...'
 
 # %% ../../nbs/01_core/02_checks.ipynb #8be7c206
 def nearest(
@@ -23,7 +38,7 @@ def nearest(
 ) -> str: # `"; did you mean 'x'?"`, or nothing when nothing is close
     "A hint that names the choice most like `value`."
     names = {str(c).lower(): c for c in choices}
-    found = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(shown(value).strip("'").lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {names[found[0]]!r}?" if found else ''
 
 # %% ../../nbs/01_core/02_checks.ipynb #9158454a
@@ -34,12 +49,17 @@ def check_choice(
     remedy: str = '', # one more way out, said last
 ) -> None:
     "Raises `ValueError` unless `value` is one of `choices`."
-    if value in choices: return
+    if isinstance(value, str) and value in choices: return
     known = ', '.join(map(repr, choices))
     way_out = f'; {remedy}' if remedy else ''
-    raise WrongValue(f"unknown {name} {value!r}{nearest(value, choices)} (known: {known}){way_out}")
+    hint = nearest(value, choices)
+    raise WrongValue(f"unknown {name} {shown(value)}{hint} (known: {known}){way_out}")
 
 # %% ../../nbs/01_core/02_checks.ipynb #3db79bfc
+WHOLE = (int, np.integer)
+NUMBERS = (int, float, np.integer, np.floating)
+LARGEST = 2**63 - 1         # whole number that a tensor can hold
+
 def check_range(
     name: str, # the argument's name, as the user typed it
     value: float, # what was given
@@ -50,14 +70,43 @@ def check_range(
 ) -> None:
     "Raises `TypeError` for what is no number, `ValueError` for a number outside the range."
     kind = 'a whole number' if integer else 'a number'
-    allowed = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise WrongType(f"{name} must be {kind}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, WHOLE if integer else NUMBERS):
+        raise WrongType(f"{name} must be {kind}, not {shown(value)}")
+    largest = high
+    if high == math.inf: largest = LARGEST if integer else sys.float_info.max
     high_enough = low < value if open_low else low <= value
-    if math.isfinite(value) and high_enough and value <= high: return
+    if high_enough and value <= largest: return             # not so for NaN
     bounds = f'above {low:g}' if open_low else f'at least {low:g}'
-    if high != math.inf: bounds += f' and at most {high:g}'
-    raise WrongValue(f"{name} must be {kind} {bounds}, not {value!r}")
+    if high != math.inf or value > largest: bounds += f' and at most {largest:g}'
+    raise WrongValue(f"{name} must be {kind} {bounds}, not {shown(value)}")
+
+# %% ../../nbs/01_core/02_checks.ipynb #013dcc71
+def check_flag(
+    name: str, # the argument's name, as the user typed it
+    value: object, # what was given
+) -> None:
+    "Raises `TypeError` for anything but `True` or `False`."
+    if isinstance(value, (bool, np.bool_)): return
+    raise WrongType(f'{name} must be True or False, not {shown(value)}')
+
+def check_kind(
+    name: str, # the argument's name, as the user typed it
+    value: object, # what was given
+    kind: type | tuple[type, ...], # what it must be an instance of
+    what: str, # the same in words, and where to get one
+) -> None:
+    "Raises `TypeError` for a value of another kind."
+    if isinstance(value, kind): return
+    raise WrongType(f'{name} must be {what}, not {shown(value)}')
+
+# %% ../../nbs/01_core/02_checks.ipynb #80aabe84
+def own_numbers_(
+    settings: Any, # a dataclass, may be frozen; its NumPy numbers are replaced
+) -> None:
+    "Let settings hold numbers of Python only."
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if isinstance(value, np.generic): object.__setattr__(settings, f.name, value.item())
 
 # %% ../../nbs/01_core/02_checks.ipynb #93e775e4
 def resolve_device(
@@ -67,13 +116,49 @@ def resolve_device(
     has_cuda = torch.cuda.is_available()
     if device is None: return torch.device('cuda' if has_cuda else 'cpu')
     try: found = torch.device(device)
-    except RuntimeError:
-        raise WrongValue(f"device {device!r} is not one that PyTorch knows; "
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise WrongValue(f"device {shown(device)} is not one that PyTorch knows; "
                          "use 'cpu' or 'cuda'") from None
     if found.type == 'cuda' and not has_cuda:
         raise WrongValue(f"device {device!r} asked for, but PyTorch sees no CUDA GPU here; "
                          "use 'cpu' or leave it out")
+    if found.type != 'cpu': _check_device_works(found)
     return found
+
+def _check_device_works(device: torch.device) -> None:
+    "Raises `ValueError` for a device that holds no values, or that is not there."
+    why = 'it holds no values'
+    try:
+        torch.empty(0, device=device)
+        if device.type != 'meta': return
+    except (RuntimeError, AssertionError) as e: why = str(e).split('\n')[0]
+    raise WrongValue(f"device '{device}' cannot be used here ({why}); use 'cpu' or 'cuda'")
+
+# %% ../../nbs/01_core/02_checks.ipynb #66f3f2d7
+class NotEnoughMemory(MwtError, torch.OutOfMemoryError):
+    "Something for which the device has no room."
+
+NO_ROOM = ("can't allocate memory", 'not enough memory', 'STATUS_ALLOC_FAILED', 'bad_alloc',
+           'Storage size calculation overflowed', 'array is too big', 'Unable to allocate')
+
+def is_out_of_memory(
+    e: BaseException, # any error
+) -> bool:
+    "Was there too little memory, on any device?"
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
+    return isinstance(e, RuntimeError) and any(words in str(e) for words in NO_ROOM)
+
+@contextmanager
+def room_for(
+    what: str, # what needs the memory, with the numbers that decide how much
+    remedy: str, # what to turn down
+) -> Iterator[None]:
+    "Inside the block too little memory raises `torch.OutOfMemoryError`, one of ours."
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MwtError) or not is_out_of_memory(e): raise
+        why = str(e).split('. ')[0].split('\n')[0] or type(e).__name__
+        raise NotEnoughMemory(f'not enough memory for {what} ({why}); {remedy}') from e
 
 # %% ../../nbs/01_core/02_checks.ipynb #577f34ad
 @contextmanager
@@ -86,8 +171,8 @@ def seeded(
     numpy_state = np.random.get_state()
     gpus = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=gpus):
-        for set_seed in (random.seed, np.random.seed, torch.manual_seed): set_seed(seed)
-        try: yield torch.Generator().manual_seed(seed)
+        for set_seed in (random.seed, np.random.seed, torch.manual_seed): set_seed(int(seed))
+        try: yield torch.Generator().manual_seed(int(seed))
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from tabulate import tabulate
+from .checks import LARGEST, NUMBERS, WHOLE, check_flag, check_kind, check_range, shown
+from .errors import WrongType
 
 # %% auto #0
 __all__ = ['Table', 'percent']
@@ -26,6 +28,7 @@ def progress(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')     # of missing notebook widgets; text bars do then
         from tqdm.auto import tqdm
+    check_flag('show_progress', show_progress)
     only_in_terminals = None        # so tqdm spells it
     disable = only_in_terminals if show_progress else True
     return tqdm(items, desc=text, disable=disable, leave=False, dynamic_ncols=True, **kwargs)
@@ -53,6 +56,9 @@ class Table:
         rows: Sequence[dict[str, Any]], # one dict a row; the keys of the first are the columns
         title: str = '', # said above the table
     ) -> None:
+        check_kind('rows', rows, (list, tuple), 'a list of dictionaries, one a row')
+        for row in rows: check_kind('rows', row, dict, 'a list of dictionaries, one a row')
+        check_kind('title', title, str, 'text')
         self.rows = list(rows)
         self.title = title
 
@@ -79,8 +85,21 @@ def percent(
     digits: int = 1, # digits behind the point
 ) -> str: # e.g. `'14.6 %'`
     "A fraction as people read it; `-` where there is none."
+    if fraction is not None: check_kind('fraction', fraction, NUMBERS, 'a number, or None')
+    if isinstance(fraction, WHOLE): check_range('fraction', fraction, -LARGEST, integer=True)
+    check_range('digits', digits, 0, 100, integer=True)
     if fraction is None or math.isnan(fraction): return '-'
     return f'{100 * fraction:.{digits}f} %'
+
+# %% ../../nbs/01_core/04_display.ipynb #1b478ddc
+def check_axes(
+    ax: Any, # what was given to draw on
+    name: str = 'ax', # the argument's name, as the user typed it
+) -> None:
+    "Raises `TypeError` for anything but `None` or Matplotlib axes."
+    if ax is None or callable(getattr(ax, 'imshow', None)): return
+    raise WrongType(f'{name} must be axes of Matplotlib, as plt.subplots makes them, or None, '
+                    f'not {shown(ax)}')
 
 # %% ../../nbs/01_core/04_display.ipynb #dd68410b
 def _spell(

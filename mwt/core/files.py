@@ -20,10 +20,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from .errors import NotFound, WriteFailed, WrongValue
+from .checks import check_kind, shown
+from .errors import NotFound, WriteFailed, WrongType, WrongValue
 
 # %% auto #0
 __all__ = []
+
+# %% ../../nbs/01_core/03_files.ipynb #01269171
+def as_path(
+    path: str | os.PathLike, # as the user gave it
+    name: str = 'path', # the argument's name, as the user typed it
+) -> Path:
+    "Raises `TypeError` for what is no path, `ValueError` for text that no file can be called."
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str): raise WrongType(f'{name} must be a path, not {shown(path)}')
+    if '\0' not in text: return Path(text)
+    raise WrongValue(f'{name} must be without null characters, not {shown(path)}')
+
+def fits_disk(
+    path: Path, # of any length
+) -> bool:
+    "Is it short enough for a path?"
+    try: path.exists()
+    except OSError as e: return e.errno != errno.ENAMETOOLONG
+    return True
+
+def is_file(
+    path: Path, # of any length
+) -> bool:
+    "Is there a file?"
+    return fits_disk(path) and path.is_file()
 
 # %% ../../nbs/01_core/03_files.ipynb #2ab78df1
 def error_number(
@@ -71,7 +97,8 @@ def unwritable(
     reason = reason.format(folder=path.parent, free=_free(path.parent))
     kept = ''
     with suppress(OSError): kept = f'{path.name} is as it was before; ' if path.is_file() else ''
-    error = WriteFailed(f"could not write {path}: {reason}; {kept}{way_out}")
+    named = path if len(str(path)) < 1000 else shown(str(path))
+    error = WriteFailed(f"could not write {named}: {reason}; {kept}{way_out}")
     error.errno = number
     return error
 
@@ -111,7 +138,7 @@ def atomic_write(
     write: Callable[[Path], Any], # writes the content to the path that it is given
 ) -> Path: # `path`
     "Write a file so that readers see either the old content or the new one, never a half."
-    path = Path(path)
+    path = as_path(path)
     for check in GUARDS: check(path)
     try: _write_beside(path, write)
     except (OSError, SafetensorError) as e:
@@ -125,11 +152,23 @@ def check_writable(
     path: str | Path, # of a file that shall be written later; its folder is made if missing
 ) -> None:
     "Raises `OSError` where a file cannot be written."
-    path = Path(path)
+    path = as_path(path)
     try:
+        if path.is_dir(): raise IsADirectoryError(errno.EISDIR, 'is a folder')
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as f: f.write(b'x')
     except OSError as e: raise unwritable(path, e) from e
+
+# %% ../../nbs/01_core/03_files.ipynb #7395a832
+def as_json(
+    content: Any, # what is to be written
+    indent: int | None = None, # spaces, for people who read it
+) -> str:
+    "Raises `TypeError` for what JSON cannot hold."
+    try: return json.dumps(content, indent=indent)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise WrongType(f'{shown(content)} cannot be written as JSON ({shown(e)}); '
+                        'use dictionaries, lists, text and numbers') from e
 
 # %% ../../nbs/01_core/03_files.ipynb #19641953
 VERSION = 2     # of the files that are written; those of 0.1.0 have none and count as version 1
@@ -168,8 +207,9 @@ def save_tensors(
     about: Mapping[str, Any], # anything JSON can hold
 ) -> Path: # the path
     "Write tensors and a description, atomically. Raises `ValueError` for too many words."
+    path = as_path(path)
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-    words = json.dumps(about)
+    words = as_json(about)
     metadata = dict(format=f'mwt-{kind}', version=str(VERSION), about=words,
                     sha256=_checksum(tensors, words, kind))
     def write(p: Path) -> None:
@@ -214,8 +254,8 @@ def check_version(
 # %% ../../nbs/01_core/03_files.ipynb #b1c9ad9b
 def _read_safetensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     "What the file holds, unchecked: tensors and metadata."
-    if not path.is_file():
-        raise NotFound(f"no {kind} at {path}; check the path, or make one first")
+    if not is_file(path):
+        raise NotFound(f"no {kind} at {shown(str(path))[1:-1]}; check the path, or make one first")
     try:
         if header_length(path) > LARGEST_TEXT: raise SafetensorError('header too large')
         with safe_open(path, 'pt') as f:
@@ -229,7 +269,8 @@ def load_tensors(
     kind: str, # what it must be
 ) -> tuple[dict[str, Tensor], dict[str, Any]]: # the tensors, on the CPU, and the description
     "Read a file. Raises `FileNotFoundError`, or `ValueError` for one that is damaged or not ours."
-    tensors, metadata = _read_safetensors(Path(path), kind)
+    path = as_path(path)
+    tensors, metadata = _read_safetensors(path, kind)
     again = f'make the {kind} again'
     if (found := metadata.get('format')) != f'mwt-{kind}':
         raise WrongValue(f"{path} is not a {kind} written by mwt (its format is {found!r})")
@@ -270,7 +311,7 @@ def write_json(
     content: Mapping[str, Any], # anything JSON can hold; no key is 'format'
 ) -> Path: # `path`
     "Write JSON with a checksum, atomically."
-    blank = json.dumps(dict(content) | dict(format=dict(version=VERSION, sha256='')), indent=1)
+    blank = as_json(dict(content) | dict(format=dict(version=VERSION, sha256='')), indent=1)
     start, mark, end = blank.rpartition('"sha256": ""')
     text = f'{start}{mark[:-1]}{_sha256(blank)}"{end}'
     return atomic_write(path, lambda p: p.write_bytes(text.encode()))
@@ -306,7 +347,7 @@ def read_json(
     others: Sequence[str] = (), # what it may hold besides
 ) -> dict[str, Any]: # the content
     "Read JSON. Raises `FileNotFoundError`, or `ValueError` for a file that is damaged."
-    if not path.is_file(): raise NotFound(f"no {path}; {remedy}")
+    if not is_file(path): raise NotFound(f"no {path}; {remedy}")
     try:
         text = _read_text(path)
         content = json.loads(text)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from ..core.checks import check_range
+from ..core.checks import check_flag, check_kind, check_range, own_numbers_
+from ..core.errors import WrongType, WrongValue
 
 # %% auto #0
-__all__ = ['Augment']
+__all__ = ['LARGEST_SIDE', 'Augment']
 
 # %% ../../nbs/02_data/02_augment.ipynb #77b774c0
 def crop(
@@ -58,6 +59,8 @@ def cut_out(
     return images.masked_fill(hole[:, None], 0)
 
 # %% ../../nbs/02_data/02_augment.ipynb #c3007d0f
+LARGEST_SIDE = 65535        # pixels; no image file is larger
+
 @dataclass(frozen=True)
 class Augment:
     "How training images are varied: moved, mirrored, partly covered."
@@ -66,8 +69,19 @@ class Augment:
     cutout: int = 0 # side of a black square, in pixels; 0 for none
 
     def __post_init__(self) -> None:
-        check_range('pad', self.pad, 0, integer=True)
-        check_range('cutout', self.cutout, 0, integer=True)
+        check_range('pad', self.pad, 0, LARGEST_SIDE, integer=True)
+        check_flag('flip', self.flip)
+        check_range('cutout', self.cutout, 0, LARGEST_SIDE, integer=True)
+        own_numbers_(self)
+
+    def check(self,
+        height: int, # of an image
+        width: int, # of an image
+    ) -> None:
+        "Raises `ValueError` for moves that are too large."
+        if self.pad < min(height, width): return
+        raise WrongValue(f"pad={self.pad} could move an image of {height}x{width} "
+                         "out of sight; take a smaller pad")
 
 # %% ../../nbs/02_data/02_augment.ipynb #fb60ba5f
 @patch
@@ -78,6 +92,10 @@ def draw(self: Augment,
     generator: torch.Generator, # on the CPU
 ) -> Tensor: # (n, 5) int64: top, left, mirrored?, row and column of the square
     "The random numbers that `apply` needs, for `n` images."
+    check_range('n', n, 0, integer=True)
+    check_range('height', height, 1, LARGEST_SIDE, integer=True)
+    check_range('width', width, 1, LARGEST_SIDE, integer=True)
+    check_kind('generator', generator, torch.Generator, 'a torch.Generator')
     limits = [2 * self.pad + 1, 2 * self.pad + 1, 2, height, width]
     columns = [torch.randint(limit, (n,), generator=generator) for limit in limits]
     return torch.stack(columns, 1)
@@ -89,6 +107,10 @@ def apply(self: Augment,
     draws: Tensor, # (batch, 5), from `draw`
 ) -> Tensor: # same shape and dtype
     "Vary a batch, on its own device, in a few operations."
+    if images.ndim != 4 or draws.shape != (len(images), 5):
+        raise WrongType(f"apply needs images (batch, channels, height, width) and draws (batch, 5), "
+                        f"not {tuple(images.shape)} and {tuple(draws.shape)}")
+    self.check(*images.shape[-2:])
     top, left, flip, row, column = draws.unbind(1)
     if self.pad: images = crop(images, top, left, self.pad)
     if self.flip: images = mirror(images, flip.bool())

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..core.checks import check_choice, check_range, resolve_device
-from ..core.display import Table, _spell, progress
+from ..core.checks import (check_choice, check_flag, check_kind, check_range, resolve_device,
+                             shown)
+from ..core.display import Table, _spell, check_axes, progress
 from ..core.errors import WrongType, WrongValue
 from ..core.signature import Signature
 from .augment import Augment
-from .labels import check_labels, class_indices, split_by_class
+from .labels import check_holds_values, check_labels, class_indices, split_by_class
 from .streams import ImageFiles, splits_fingerprint
 
 # %% auto #0
@@ -59,6 +60,7 @@ def channel_stats(
     show_progress: bool = False, # a progress bar, for images in files
 ) -> tuple[Tensor, Tensor]: # mean and standard deviation of each channel; pixels count from 0 to 1
     "Mean and spread of each channel; exact, unless more than 10,000 images are in files."
+    if not len(images): raise WrongValue('images must be at least one, to measure their mean')
     counts = sum(_byte_counts(piece) for piece in _pieces_to_count(images, show_progress)).double()
     values = torch.arange(256, device=counts.device).double() / 255
     mean = counts @ values / counts.sum(1)
@@ -74,8 +76,9 @@ def _check_images(
 ) -> None:
     "Raises `TypeError` for anything but bytes in four dimensions, `ValueError` for missing labels."
     tensor = isinstance(images, Tensor)
+    if tensor: check_holds_values(images, name)
     fits = tensor and images.dtype == torch.uint8 and images.ndim == 4
-    if not (fits or isinstance(images, ImageFiles)):
+    if not (fits or isinstance(images, ImageFiles)) or not all(images.shape[1:]):
         given = type(images).__name__
         if tensor: given = f'{images.dtype} of shape {tuple(images.shape)}'
         raise WrongType(f"{name} must be a uint8 tensor (samples, channels, height, width), "
@@ -84,6 +87,47 @@ def _check_images(
     if len(images) != len(labels):
         raise WrongValue(f"{name}: {len(images)} images but {len(labels)} labels; "
                          "give one label for each")
+
+# %% ../../nbs/02_data/05_batches.ipynb #e4d77227
+LARGEST_BATCH = 2**31 - 1       # images
+LARGEST_WORLD = 2**16           # processes
+
+def class_names(
+    classes: Sequence[str], # in the order of the labels
+) -> list[str]:
+    "Raises `TypeError` for what are no names, `ValueError` for two of one name."
+    names = None
+    if isinstance(classes, (list, tuple, np.ndarray)) and np.ndim(classes): names = list(classes)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise WrongType(f'classes must be a list of names, not {shown(classes)}')
+    if len(set(names)) < len(names):
+        raise WrongValue(f'classes must have different names, not {shown(names)}')
+    return [str(name) for name in names]
+
+def as_statistics(
+    name: str, # 'mean' or 'std'
+    values: Tensor | Sequence[float], # (channels,); pixels count from 0 to 1
+    images: Tensor | ImageFiles, # (samples, channels, height, width)
+) -> Tensor: # (channels,) float32, on the device of the images
+    "Raises `ValueError` for anything but a number for each channel, above 0 for a spread."
+    channels = images.shape[1]
+    try: found = torch.as_tensor(values, dtype=torch.float32, device=images.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError): found = torch.zeros(0)
+    fits = found.shape == (channels,) and found.isfinite().all()
+    if fits and (name == 'mean' or found.min() >= 1e-9): return found
+    kind = 'numbers' if name == 'mean' else 'numbers above 0'
+    raise WrongValue(f'{name} must be {channels} {kind}, one a channel, not {shown(values)}')
+
+# %% ../../nbs/02_data/05_batches.ipynb #f90b1000
+def _checked_augment(
+    augment: Any, # how to vary images
+    shape: Sequence[int], # of the images; ends in height and width
+) -> Augment | None: # the same
+    "Raises `TypeError` for what varies no images, `ValueError` for moves that are too large."
+    if augment is None: return None
+    check_kind('augment', augment, Augment, 'Augment(...), or None')
+    augment.check(*shape[-2:])
+    return augment
 
 # %% ../../nbs/02_data/05_batches.ipynb #6a0d12b3
 class Batches:
@@ -101,13 +145,17 @@ class Batches:
         augment: Augment | None = None, # how to vary the images
         seed: int = 0, # of order and augmentation
     ) -> None:
+        self.classes = class_names(classes)
+        labels = check_labels(labels, len(self.classes))
         _check_images(images, labels)
-        check_range('batch_size', batch_size, 1, integer=True)
-        self.images, self.labels = images, check_labels(labels, len(classes)).to(images.device)
-        self.classes, self.batch_size = list(classes), batch_size
-        if mean is None or std is None: mean, std = channel_stats(images)
-        self.mean, self.std = mean.to(images.device), std.to(images.device)
-        self.shuffle, self.augment = shuffle, augment
+        check_range('batch_size', batch_size, 1, LARGEST_BATCH, integer=True)
+        check_flag('shuffle', shuffle)
+        self.images, self.labels = images, labels.to(images.device)
+        self.batch_size, self.shuffle = int(batch_size), bool(shuffle)
+        self.augment = _checked_augment(augment, images.shape)
+        if mean is None or std is None: measured = channel_stats(images)
+        self.mean = measured[0] if mean is None else as_statistics('mean', mean, images)
+        self.std = measured[1] if std is None else as_statistics('std', std, images)
         self.seed(seed)
 
 # %% ../../nbs/02_data/05_batches.ipynb #737cdb6a
@@ -134,7 +182,7 @@ def seed(self: Batches,
     "Restart the sequence of orders and augmentations."
     check_range('seed', seed, 0, 2**32 - 1, integer=True)
     check_range('epoch', epoch, 0, integer=True)
-    self.epoch, self._seed = epoch, seed
+    self.epoch, self._seed = int(epoch), int(seed)
     return self
 
 # %% ../../nbs/02_data/05_batches.ipynb #8da44647
@@ -231,7 +279,7 @@ def _check_shard(self: Batches,
     world: int, # how many processes share the batches
 ) -> None:
     "Raises `ValueError` for batches that cannot be shared so."
-    check_range('world', world, 1, integer=True)
+    check_range('world', world, 1, LARGEST_WORLD, integer=True)
     check_range('rank', rank, 0, world - 1, integer=True)
     if not self.shuffle: return
     if self.batch_size % world:
@@ -250,7 +298,7 @@ def shard(self: Batches,
     "This process's share of the batches."
     self._check_shard(rank, world)
     mine = copy(self)
-    mine._shard = rank, world
+    mine._shard = int(rank), int(world)
     return mine
 
 @patch(as_prop=True)
@@ -302,7 +350,6 @@ def normalised_by(self: Batches,
     std: Sequence[float], # likewise
 ) -> Batches:
     "The same samples, normalised in another way."
-    mean, std = (torch.tensor(values, device=self.device) for values in (mean, std))
     return self._replace(mean=mean, std=std)
 
 @patch
@@ -332,7 +379,8 @@ def sample(self: Batches,
 ) -> Batches:
     "Some samples, drawn at random without repeats, in their old order."
     check_range('n', n, 1, self.n, integer=True)
-    order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
+    check_range('seed', seed, 0, 2**32 - 1, integer=True)
+    order = torch.randperm(self.n, generator=torch.Generator().manual_seed(int(seed)))
     chosen = order[:n].sort().values.to(self.device)
     return self._replace(images=self.images[chosen], labels=self.labels[chosen])
 
@@ -361,6 +409,16 @@ def _mosaic(
     return grid.reshape(rows * tall, columns * wide, 3).numpy()
 
 # %% ../../nbs/02_data/05_batches.ipynb #96f4b93f
+def _check_picture(
+    n: Any, # images, at most
+    columns: Any, # images in a row, at most
+    ax: Any, # where to draw
+) -> None:
+    "Raises for what cannot be a picture of images."
+    check_range('n', n, 1, integer=True)
+    check_range('columns', columns, 1, integer=True)
+    check_axes(ax)
+
 def _draw(
     images: Tensor, # (images, channels, height, width) uint8, on the CPU
     names: Sequence[str], # what to write under each
@@ -368,6 +426,7 @@ def _draw(
     ax: Any, # Matplotlib `Axes` to draw on; `None` makes a figure
 ) -> Any: # the `Axes`
     "Images with a word under each."
+    columns = int(columns)
     height, width = images.shape[-2:]
     columns = min(columns, len(images))
     gap = max(1, round(.35 * height)), max(1, round(.08 * width))
@@ -392,7 +451,7 @@ def show(self: Batches,
     ax: Any = None, # Matplotlib `Axes` to draw on; `None` makes a figure
 ) -> Any: # the `Axes`
     "The first images of the coming epoch, as the network gets them, with their classes."
-    check_range('n', n, 1, integer=True)
+    _check_picture(n, columns, ax)
     images, labels = self._batch(self._plan(self.epoch)[:n])
     names = [self.classes[label] for label in labels.tolist()]
     return _draw(images.cpu(), names, columns, ax)
@@ -410,6 +469,13 @@ class ImageData(SplitData):
     valid: Batches # held out of the training samples, for choosing
     test: Batches # for reporting, once
     fingerprint: str | None = None # of the images that it was made of, before any split or subset
+
+    def __post_init__(self) -> None:
+        for name, batches in self.splits().items():
+            check_kind(name, batches, Batches, 'Batches; give loaders to fit as they are')
+            if (batches.classes, batches.shape) == (self.classes, self.shape): continue
+            raise WrongValue(f"{name} has the classes {batches.classes} and images of shape "
+                             f"{batches.shape}, train {self.classes} and {self.shape}; make them equal")
 
     def __repr__(self) -> str:
         channels, height, width = self.train.shape
@@ -505,6 +571,7 @@ def show(self: ImageData,
     ax: Any = None, # Matplotlib `Axes` to draw on; `None` makes a figure
 ) -> Any: # the `Axes`
     "Some training images as they are, taken from all classes in turn."
+    _check_picture(n, columns, ax)
     train = self.train.plain()
     turn = torch.tensor(_in_turn(train.labels.cpu(), self.n_classes)[:n], device=self.device)
     picture = train._replace(images=train.images[turn], labels=train.labels[turn])
@@ -528,10 +595,12 @@ def _check_options(
     valid: Any, # a fraction, or images and labels
     augment: Any, # an `Augment`, 'auto' or `None`
     device: Any, # a device, its name or `None`
+    show_progress: Any, # `True` or `False`
 ) -> torch.device: # a device that exists
     "Everything that can be wrong before an image is read."
-    check_range('batch_size', batch_size, 1, integer=True)
+    check_range('batch_size', batch_size, 1, LARGEST_BATCH, integer=True)
     check_range('seed', seed, 0, 2**32 - 1, integer=True)
+    check_flag('show_progress', show_progress)
     if not isinstance(valid, tuple): check_range('valid', valid, 0, 1, open_low=True)
     if not isinstance(valid, tuple) and valid == 1:
         raise WrongValue("valid must be a number above 0 and below 1, not 1; "
@@ -545,11 +614,10 @@ def _check_classes(
     classes: Sequence[str], # class names
 ) -> None:
     "Raises `ValueError` for less than two, or two with one name."
+    class_names(classes)
     if len(classes) < 2:
         raise WrongValue(f"classes must be at least two, not {list(classes)}; "
                          "telling one class apart needs another")
-    if len(set(classes)) < len(classes):
-        raise WrongValue(f"classes must have different names, not {list(classes)}")
 
 def _check_split(
     name: str, # of the split
@@ -558,14 +626,31 @@ def _check_split(
     classes: Sequence[str], # class names
 ) -> Tensor: # the labels as int64
     "Raises where images, labels and classes of a split do not fit each other."
-    _check_images(images, labels, f'{name} images')
     labels = check_labels(labels, len(classes), f'{name} labels')
+    _check_images(images, labels, f'{name} images')
     counts = labels.bincount(minlength=len(classes)).tolist()
     for kind, count in zip(classes, counts):
         if not count:
             raise WrongValue(f"class {kind!r} has no {name} image; add some, "
                              "or leave the class out")
     return labels
+
+# %% ../../nbs/02_data/05_batches.ipynb #9b81641f
+def _check_pair(
+    name: str, # of the split
+    pair: Any, # what was given
+) -> None:
+    "Raises `TypeError` for anything but images and labels."
+    if isinstance(pair, (tuple, list)) and len(pair) == 2: return
+    raise WrongType(f'{name} must be a pair (images, labels), not {shown(pair)}')
+
+def _numbered_classes(
+    labels: Any, # (samples,) whole numbers
+) -> list[str]: # '0', '1', ...
+    "A name for each label. Raises `ValueError` where there are fewer samples than classes."
+    labels = check_labels(labels, len(labels) if hasattr(labels, '__len__') else 1, 'train labels')
+    if not len(labels): raise WrongValue('train must have images and labels, not none')
+    return [str(i) for i in range(int(labels.max()) + 1)]
 
 # %% ../../nbs/02_data/05_batches.ipynb #2cb46667
 Splits = dict[str, tuple[Tensor | ImageFiles, Tensor]]      # images and labels by name of the split
@@ -577,7 +662,8 @@ def _check_splits(
     "Images and labels that fit each other and the classes."
     _check_classes(classes)
     checked = {}
-    for name, (images, labels) in splits.items():
+    for name, pair in splits.items():
+        images, labels = pair
         checked[name] = images, _check_split(name, images, labels, classes)
         shape, wanted = tuple(images.shape[1:]), tuple(splits['train'][0].shape[1:])
         if shape != wanted:
@@ -612,11 +698,8 @@ def _choose_augment(
     shape: Sequence[int], # ends in height and width
 ) -> Augment | None:
     "How to vary images of this shape. Raises `ValueError` for moves that are too large."
-    if augment == 'auto': augment = _auto_augment(shape)
-    if augment and augment.pad >= min(shape[-2:]):
-        raise WrongValue(f"pad={augment.pad} could move an image of {shape[-2]}x{shape[-1]} "
-                         "out of sight; take a smaller pad")
-    return augment
+    if isinstance(augment, str): augment = _auto_augment(shape)
+    return _checked_augment(augment, shape)
 
 # %% ../../nbs/02_data/05_batches.ipynb #b9110bb9
 def _make_data(
@@ -650,11 +733,12 @@ def from_tensors(
     fingerprint: str | None = None, # of the images, for runs that are resumed; `None` computes it
 ) -> ImageData:
     "Training, validation and test batches from images in memory, or from files by `image_files`."
-    device = _check_options(batch_size, seed, valid, augment, device)
-    if classes is None:
-        classes = [str(i) for i in range(int(torch.as_tensor(train[1]).max()) + 1)]
+    device = _check_options(batch_size, seed, valid, augment, device, show_progress)
+    if fingerprint is not None: check_kind('fingerprint', fingerprint, str, 'text, or None')
     given = dict(train=train, test=test)
     if isinstance(valid, tuple): given['valid'] = valid
+    for name, pair in given.items(): _check_pair(name, pair)
+    classes = _numbered_classes(train[1]) if classes is None else class_names(classes)
     splits = _check_splits(given, classes)
     if fingerprint is None: fingerprint = splits_fingerprint(splits, classes)
     if 'valid' not in splits: splits = _hold_out(splits, classes, valid, seed)

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/02_data/01_labels.ipynb #781041b3
 from __future__ import annotations
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.checks import check_choice, check_range
+from ..core.checks import check_choice, check_range, shown
 from ..core.errors import WrongType, WrongValue
 
 # %% auto #0
@@ -21,7 +22,10 @@ def check_labels(
     name: str = 'labels', # what to call them in an error
 ) -> Tensor: # (samples,) int64
     "Labels as int64. Raises `TypeError` unless whole numbers, `ValueError` without a class."
-    labels = torch.as_tensor(labels)
+    try: labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise WrongType(f"{name} must be whole numbers, one for each sample, "
+                        f"not {shown(labels)}") from None
     _check_whole_numbers(labels, name)
     labels = labels.long()
     wrong = labels[(labels < 0) | (labels >= n_classes)]
@@ -37,11 +41,31 @@ def _check_whole_numbers(
 ) -> None:
     "Raises `TypeError` unless there is one whole number for each sample."
     fraction = labels.is_floating_point() or labels.is_complex()
+    check_holds_values(labels, name)
     if labels.ndim != 1 or labels.dtype == torch.bool or fraction:
         raise WrongType(f"{name} must be whole numbers, one for each sample, "
                         f"not {labels.dtype} of shape {tuple(labels.shape)}")
 
+def check_holds_values(
+    tensor: Tensor, # of any kind
+    name: str, # what to call it in an error
+) -> None:
+    "Raises `TypeError` for a tensor without values, or one that holds only some of them."
+    if tensor.layout == torch.strided and tensor.device.type != 'meta': return
+    kind = 'on the device meta' if tensor.device.type == 'meta' else f'of layout {tensor.layout}'
+    raise WrongType(f'{name} must be an ordinary tensor, not one {kind}; make it with values, or '
+                    'call .to_dense()')
+
 # %% ../../nbs/02_data/01_labels.ipynb #6dbd5f6b
+def as_list(
+    chosen: Any, # names or indices, or a single one
+) -> list[Any]:
+    "A single choice is a list of one. Raises `TypeError` for what holds no choices."
+    if isinstance(chosen, (str, int, np.integer)): return [chosen]
+    if isinstance(chosen, (Collection, Iterator)) and getattr(chosen, 'shape', None) != ():
+        return list(chosen)
+    raise WrongType(f'classes must be names or numbers of classes, not {shown(chosen)}')
+
 def _class_index(
     choice: str | int, # a name or an index
     classes: Sequence[str], # all names
@@ -59,7 +83,7 @@ def class_indices(
     classes: Sequence[str], # all class names, in the order of their labels
 ) -> list[int]: # the label of each chosen class, in the order given
     "The labels of the chosen classes. Raises `ValueError` for none, an unknown one or a duplicate."
-    chosen = [chosen] if isinstance(chosen, (str, int)) else list(chosen)
+    chosen = as_list(chosen)
     if not chosen: raise WrongValue(f"no class chosen; name at least one of {', '.join(classes)}")
     found = [_class_index(choice, classes) for choice in chosen]
     for i in found:
@@ -94,7 +118,7 @@ def split_by_class(
 ) -> tuple[Tensor, Tensor]: # indices that stay, indices held out; both ascending
     "Hold out a fraction of every class, at least one sample of it, leaving at least one."
     counts, take = _count_held_out(labels, classes, fraction, split)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(int(seed)))
     order = order[labels[order].argsort(stable=True)]
     first = counts.cumsum(0) - counts       # where each class begins in `order`
     rank = torch.arange(len(labels)) - first[labels[order]]

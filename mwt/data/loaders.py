@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from ..core.checks import check_range, resolve_device
+from ..core.checks import WHOLE, check_range, resolve_device, shown
 from ..core.errors import WrongType, WrongValue
-from .batches import Batches, ImageData, SplitData, _check_classes
+from .batches import Batches, ImageData, SplitData, _check_classes, class_names
 from ..core.signature import Signature, check_pixels, signature_of
 from .labels import check_labels, class_indices
 
@@ -64,7 +65,7 @@ def _check_iterable(
     if isinstance(source, Dataset):
         raise WrongType(f"{type(source).__name__} is a data set and gives single images; "
                         "give DataLoader(dataset, batch_size=128), with shuffle=True for training")
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) or isinstance(source, (Tensor, np.ndarray, str, bytes)):
         raise WrongType(f"data must be made by image_data or from_tensors, or be a DataLoader, "
                         f"not {type(source).__name__}")
     if isinstance(source, Iterator):
@@ -97,8 +98,8 @@ def _class_names(
     n_classes: int | None, # how many, where neither the user nor the data set says
 ) -> list[str]: # class names, in the order of their labels
     "The classes of a loader. Raises `ValueError` where nobody knows them."
-    if isinstance(classes, int): return _numbered(classes)
-    if classes is not None: return list(classes)
+    if isinstance(classes, WHOLE): return _numbered(classes)
+    if classes is not None: return class_names(classes)
     data = getattr(source, 'dataset', None)
     while data is not None:
         if names := getattr(data, 'classes', None): return [str(name) for name in names]

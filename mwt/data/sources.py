@@ -5,14 +5,17 @@
 # %% ../../nbs/02_data/06_sources.ipynb #f19434ca
 from __future__ import annotations
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.checks import check_choice, check_range
+from ..core.checks import (NUMBERS, check_choice, check_flag, check_kind, check_range,
+                             own_numbers_, room_for, shown)
 from ..core.errors import NotFound, WrongType, WrongValue
+from ..core.files import as_path, fits_disk
 from .augment import Augment
 from .batches import ImageData, _auto_augment, _check_options, from_tensors
 from .folders import (ImageFile, cached_images, files_fingerprint, list_images,
@@ -168,7 +171,9 @@ def _find_folder(
     source: str | Path, # not a known name
 ) -> Path | None: # `None` if it does not look like a path
     "A folder that exists. Raises where it looks like one and is none."
-    folder = Path(source).expanduser()
+    folder = as_path(source, 'data')
+    with suppress(RuntimeError): folder = folder.expanduser()       # of a user who is not known
+    if not fits_disk(folder): return None
     if folder.is_dir(): return folder
     if folder.exists():
         raise WrongValue(f"{folder} is a file, not a folder of images; "
@@ -183,11 +188,11 @@ def _find(
 ) -> str | Path: # a known name, or a folder that exists
     "What a source means. Raises for one that means nothing."
     if not isinstance(source, (str, Path)):
-        raise WrongType(f"data must be a name ({', '.join(_NAMES)}) or a folder, not {source!r}")
+        raise WrongType(f"data must be a name ({', '.join(_NAMES)}) or a folder, not {shown(source)}")
     if source in _NAMES: return source
     folder = _find_folder(source) if source else None
     if folder is not None: return folder
-    here = Path(source).expanduser().absolute()
+    here = shown(str(Path(source).absolute()))[1:-1]
     remedy = f'a folder of images works too, but there is none at {here}'
     check_choice('data set', source, _NAMES, remedy=remedy)
     return source
@@ -200,10 +205,8 @@ def _check_reading(
     "Raises for options of folders that are wrong, or that a named set does not have."
     if how.size is not None: check_range('size', how.size, 1, integer=True)
     if how.white is not None: check_range('white', how.white, 0, open_low=True)
-    if not (how.streaming is None or isinstance(how.streaming, bool)):
-        raise WrongType(f"streaming must be True, False or None, not {how.streaming!r}")
-    if not isinstance(how.skip_broken, bool):
-        raise WrongType(f"skip_broken must be True or False, not {how.skip_broken!r}")
+    if how.streaming is not None: check_flag('streaming', how.streaming)
+    check_flag('skip_broken', how.skip_broken)
     check_range('workers', how.workers, 0, integer=True)
     if isinstance(source, Path): return
     if how.streaming:
@@ -231,15 +234,18 @@ def image_data(
     skip_broken: bool = False, # leave out, and count, files that cannot be decoded
 ) -> ImageData:
     "Training, validation and test batches of a named data set or of a folder of images."
-    source, root = _find(source), Path(root)
-    device = _check_options(batch_size, seed, valid, augment, device)
+    source, root = _find(source), as_path(root, 'root')
+    check_kind('valid', valid, NUMBERS, 'a number, the fraction to hold out')
+    device = _check_options(batch_size, seed, valid, augment, device, show_progress)
     if workers is None: workers = _default_workers()
     how = Reading(root, size, white, skip_broken, streaming, workers, show_progress)
     _check_reading(source, how)
-    if isinstance(source, Path):
-        splits, classes, fingerprint = _folder_splits(source, valid, seed, how, device)
-    else: splits, classes, fingerprint = _named_splits(source, root, valid, seed, size)
-    if augment == 'auto':
+    own_numbers_(how)
+    with room_for(f'all images (size={size})', 'take a smaller size, or streaming=True'):
+        if isinstance(source, Path):
+            splits, classes, fingerprint = _folder_splits(source, valid, seed, how, device)
+        else: splits, classes, fingerprint = _named_splits(source, root, valid, seed, how.size)
+    if isinstance(augment, str):
         augment = _auto_augment(splits['train'][0].shape, flip=source not in ('digits', 'svhn'))
     return from_tensors(**splits, classes=classes, batch_size=batch_size, seed=seed,
                         augment=augment, device=device, show_progress=show_progress,

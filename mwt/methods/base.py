@@ -5,7 +5,7 @@
 # %% ../../nbs/05_methods/03_base.ipynb #d767f25f
 from __future__ import annotations
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, ClassVar
 import torch
 from fastcore.basics import patch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.checks import check_choice, nearest
 from ..channels.cut import slice_channels_
 from ..channels.mapping import ChannelMap
-from ..core.errors import WrongValue
+from ..core.errors import WrongType, WrongValue
 from .points import mask_points, recorded
 
 # %% auto #0
@@ -191,6 +191,10 @@ def make_method(
     **settings: Any, # settings of the method that differ from its defaults
 ) -> Method:
     "A method from its name. Raises `ValueError` for an unknown name or setting, or a bad value."
+    kind = method if isinstance(method, type) else type(method)
+    if issubclass(kind, Method) and not is_dataclass(kind):
+        raise WrongType(f'method {kind.__name__} must be a dataclass; write @dataclass(frozen=True) '
+                        'above its class')
     if isinstance(method, Method):
         if not settings: return method
         raise WrongValue(f"settings {sorted(settings)} given beside a ready-made method; "

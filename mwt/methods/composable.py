@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.checks import check_range
-from ..core.errors import WrongType, WrongValue
+from ..core.checks import check_flag, check_range, own_numbers_
+from ..core.errors import WrongValue
 from ..core.processes import global_rows, global_sum, own_rows
 from ..channels.mapping import ChannelMap
 from .losses import class_sums
@@ -201,10 +201,11 @@ class Composable(Method, name='composable'):
         check_range('close_from', self.close_from, 0, 1)
         check_range('decay', self.decay, 0, 1)
         check_range('closed_by', self.closed_by, self.close_from, 1)
-        if not isinstance(self.two_roles, bool):
-            raise WrongType(f"two_roles must be True or False, not {self.two_roles!r}")
+        check_flag('two_roles', self.two_roles)
+        check_flag('skip_first', self.skip_first)
         if self.decay == 1:
             raise WrongValue(f"decay must be a number at least 0 and below 1, not {self.decay!r}")
+        own_numbers_(self)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #570576bb
 @patch

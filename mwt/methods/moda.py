@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.checks import check_range
+from ..core.checks import check_range, own_numbers_
 from ..channels.mapping import ChannelMap
 from .activations import ActivationMasks
 from .base import Masks, Method, cross_entropy
@@ -51,6 +51,7 @@ class MODA(Method, name='moda'):
         check_range('dispersion', self.dispersion, 0)
         check_range('compactness', self.compactness, 0)
         check_range('floor', self.floor, 0, 1)
+        own_numbers_(self)
 
     def attach(self, net: nn.Module, channels: ChannelMap, n_classes: int,
                example: Tensor) -> Masks:

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/05_methods/04_modular.ipynb #165d25c8
 from __future__ import annotations
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.checks import check_range, seeded
+from ..core.checks import check_range, seeded, shown
 from ..core.display import Table
-from ..core.accepted import check_can_be_cut, check_hooks, check_is_network
-from ..core.errors import WrongValue
+from ..core.accepted import check_can_be_cut, check_hooks, check_is_network, check_unwrapped
+from ..core.errors import WrongType, WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, head_size, logits_of, trainable, untouched
 from ..core.signature import Signature, Signed, signature_of
 from ..channels.trace import find_example
@@ -252,6 +253,8 @@ def modularize(
     "Put masks on a network. Raises `ValueError` for one that cannot have them."
     method = make_method(method, **settings)
     check_range('n_classes', n_classes, 2, integer=True)
+    check_range('seed', seed, 0, 2**32 - 1, integer=True)
+    if filter_fn is not None: _check_filter(filter_fn)
     check_can_be_cut(model)
     if mask_points(model) or isinstance(model, ModularModel):
         raise WrongValue(f"{type(model).__name__} is already modularized; "
@@ -275,6 +278,15 @@ def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:
     raise WrongValue(f"{channels.head}: answers for {size} classes, but n_classes is {n_classes}; "
                      "give the number that the network was made for")
 
+def _check_filter(filter_fn: Any) -> None:
+    "Raises `TypeError` for what cannot be asked about a layer and its path."
+    what = 'a function of two arguments, layer and path'
+    if isinstance(filter_fn, (type, nn.Module)) or not callable(filter_fn):
+        raise WrongType(f'filter_fn must be {what}, not {shown(filter_fn)}')
+    try: inspect.signature(filter_fn).bind(None, '')
+    except TypeError: raise WrongType(f'filter_fn must be {what}, not {shown(filter_fn)}') from None
+    except ValueError: pass         # a built-in function that does not say
+
 def _excluded(net: nn.Module, channels: ChannelMap, filter_fn: Callable | None) -> set[str]:
     "The layers that the user leaves out."
     if filter_fn is None: return set()
@@ -285,11 +297,23 @@ def _excluded(net: nn.Module, channels: ChannelMap, filter_fn: Callable | None) 
     wanted = {n: all(filter_fn(layer, other) for other in names[layer]) for n, layer in layers.items()}
     return {name for name, yes in wanted.items() if not yes}
 
+# %% ../../nbs/05_methods/04_modular.ipynb #41881b29
+def check_modular(
+    model: Any, # what was given as a modular model
+    remedy: str = 'use modularize(model, ...) and train it', # what to pass instead
+) -> None:
+    "Raises `TypeError` for a network without masks, and for what is no network."
+    check_is_network(model)
+    if isinstance(model, ModularModel): return
+    check_unwrapped(model)
+    raise WrongType(f'{type(model).__name__} was never modularized, it makes no masks; {remedy}')
+
 # %% ../../nbs/05_methods/04_modular.ipynb #9a0491fd
 def mask_table(
     model: ModularModel, # a modular model
 ) -> Table: # a row a layer
     "What is masked, which masks are shared, what is left alone, and why."
+    check_modular(model)
     numbers = model.masks.rows()
     rows = [_layer_row(info, numbers) for info in model.channels.infos]
     masked = sum(model.kernels.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from ..core.checks import check_range
+from ..core.checks import check_flag, check_range, own_numbers_
 from ..channels.mapping import ChannelMap
 from .losses import mask_losses
 from .base import Masks, Method, cross_entropy
@@ -53,6 +53,8 @@ class MwT(Method, name='mwt'):
         check_range('alpha', self.alpha, 0)
         check_range('beta', self.beta, 0)
         check_range('reduction', self.reduction, 1, integer=True)
+        check_flag('skip_first', self.skip_first)
+        own_numbers_(self)
 
     def choose(self, channels: ChannelMap) -> ChannelMap:
         "Leave alone what cannot have a mask of its own."

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 import torch
 from torch import nn
-from ..core.errors import WrongType, WrongValue
+from ..core.checks import check_flag, check_kind
+from ..core.errors import WrongValue
 from ..core.nets import device_of, freeze_as_, input_dtype, trainable
 from ..core.signature import weights_of
-from ..data.batches import ImageData
+from ..data.batches import ImageData, SplitData
+from ..data.loaders import as_image_data
 from ..channels.description import describe_layer
-from .module import SlimModule, renamed
+from .module import SlimModule, check_extracted, renamed
 from ..train.fit import fit
 
 # %% auto #0
@@ -43,10 +45,9 @@ def _prefixed(step: Mapping[str, Any], prefix: str, names: Mapping[str, str]) ->
 # %% ../../nbs/08_modules/07_compose.ipynb #02d11e44
 def _check_composable(modules: Sequence[nn.Module]) -> None:
     "Raises unless these are modules of different classes for images of one shape."
+    check_kind('modules', modules, (list, tuple), 'a list of modules')
     if not modules: raise WrongValue('no module given; compose at least one')
-    for m in modules:
-        if isinstance(m, SlimModule): continue
-        raise WrongType(f"{type(m).__name__} is not an extracted module; extract one first")
+    for m in modules: check_extracted(m)
     shapes = {m.input_shape for m in modules}
     if len(shapes) > 1:
         raise WrongValue(f"the modules take images of different shapes, {sorted(shapes)}; "
@@ -140,6 +141,11 @@ def fine_tune(
     **options: Any, # of `fit`
 ) -> SlimModule: # a trained copy
     "Train a module for its classes (MwT, section 3.4). Raises `ValueError` for data without them."
+    check_extracted(module)
+    check_flag('new_head', new_head)
+    if not isinstance(data, SplitData):
+        n = len(module.classes)
+        data = as_image_data(data, device=device_of(module), n_classes=n)
     tuned = add_head(module) if new_head else copy.deepcopy(module)
     fit(tuned, data.subset(module.classes), epochs, lr=lr, **options)
     return tuned.eval()

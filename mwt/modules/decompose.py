@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.accepted import check_is_network, check_unwrapped
-from ..core.checks import check_range
+from ..core.checks import check_flag, check_range, room_for
 from ..core.display import progress
-from ..core.errors import WrongType, WrongValue
+from ..core.errors import WrongValue
 from ..core.nets import device_of, evaluating
 from ..core.processes import global_rows, global_sum, rank_and_size
 from ..core.signature import signature_of
@@ -22,7 +21,7 @@ from ..data.batches import Batches
 from ..data.loaders import LoaderBatches, as_batches, matched
 from ..measure import check_channels
 from ..methods.losses import class_sums
-from ..methods.modular import ModularModel
+from ..methods.modular import ModularModel, check_modular
 from .modularity import jaccard_cohesion
 from .parts import Parts
 
@@ -84,7 +83,9 @@ def count_masks(
 ) -> MaskCounter:
     "One pass over the images."
     kernels = sum(model.kernels.values())
-    counter = MaskCounter(model.n_classes, kernels, samples, batches.device)
+    if batches.n is not None: samples = min(samples, batches.n)
+    with room_for(f'the masks of {samples=} images of each class', 'take fewer samples'):
+        counter = MaskCounter(model.n_classes, kernels, samples, batches.device)
     with evaluating(model):
         for images, labels in progress(batches, 'decomposing', show_progress):
             counter.add(model.method.active(model, images.to(model.input_dtype())), labels)
@@ -179,11 +180,8 @@ def decompose(
     show_progress: bool = True, # a progress bar
 ) -> Parts: # the kernels of all classes
     "Find the kernels of each class (MwT, section 3.3). Raises first if something does not fit."
-    check_is_network(model)
-    if not isinstance(model, ModularModel):
-        check_unwrapped(model)
-        raise WrongType(f"{type(model).__name__} was never modularized, it makes no masks; "
-                        "use modularize(model, ...) and train it")
+    check_modular(model)
+    check_flag('show_progress', show_progress)
     check_range('threshold', threshold, 0, 1, open_low=True)
     check_range('samples', samples, 2, integer=True)
     batches = as_batches(batches, device=device_of(model), n_classes=model.n_classes)

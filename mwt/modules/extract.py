@@ -7,16 +7,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
-from ..core.checks import check_range
-from ..core.accepted import check_is_network, check_unwrapped
-from ..core.errors import WrongType, WrongValue
+from ..core.checks import check_flag, check_range
+from ..core.errors import WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
 from ..core.signature import normalise, signature_of
 from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
-from ..methods.modular import ModularModel, fixed_masks
+from ..methods.modular import ModularModel, check_modular, fixed_masks
 from .module import SlimModule, as_module
-from .parts import Parts, target_rows, union_masks
+from .parts import Parts, check_parts, target_rows, union_masks
 from .speed import fold_norms, joining_order, round_masks
 
 # %% auto #0
@@ -25,11 +24,8 @@ __all__ = ['extract']
 # %% ../../nbs/08_modules/06_extract.ipynb #e0b3b566
 def _check_parts(model: ModularModel, parts: Parts) -> None:
     "Raises unless these parts can be of this model."
-    check_is_network(model)
-    if not isinstance(model, ModularModel):
-        check_unwrapped(model)
-        raise WrongType(f"{type(model).__name__} is not a modular model; "
-                        "extract from the one that was decomposed")
+    check_modular(model, 'extract from the one that was decomposed')
+    check_parts(parts)
     known = signature_of(model)
     same = len(parts.classes) == model.n_classes
     if known is not None: same = parts.classes == known.classes
@@ -127,6 +123,7 @@ def extract(
 ) -> SlimModule: # in eval mode, on the model's device
     "Cut out a module for some classes. Raises `ValueError` for a wrong class or an inexact cut."
     _check_parts(model, parts)
+    check_flag('fuse', fuse)
     check_range('round_to', round_to, 1, integer=True)
     rows = target_rows(parts, classes)
     masks = _masks_to_keep(model, parts, rows, round_to)

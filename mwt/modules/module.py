@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from ..core.checks import check_range
+from ..core.accepted import check_weights
+from ..core.checks import check_range, resolve_device, shown
 from ..core.errors import WrongType, WrongValue
 from ..core.files import describes, load_tensors, save_tensors, shortened
 from ..core.nets import device_of
@@ -27,7 +28,7 @@ from ..channels.description import (
 from ..channels.operations import ATTRIBUTES, DTYPES, FUNCTIONS, METHOD_NAMES
 
 # %% auto #0
-__all__ = ['SlimModule', 'run_steps', 'save_module', 'load_module']
+__all__ = ['SlimModule', 'run_steps', 'check_extracted', 'save_module', 'load_module']
 
 # %% ../../nbs/08_modules/04_module.ipynb #5f004a10
 def check_step(
@@ -296,14 +297,25 @@ def as_module(
     return module.to(device_of(model)).eval()
 
 # %% ../../nbs/08_modules/04_module.ipynb #467b0a20
+def check_extracted(
+    module: Any, # what was given as a module
+    remedy: str = 'extract one first', # what to pass instead
+) -> None:
+    "Raises `TypeError` for anything but a module, `ValueError` for one without values."
+    if not isinstance(module, SlimModule):
+        raise WrongType(f"{_kind(module)} is not an extracted module; {remedy}")
+    check_weights(module)
+
+def _kind(thing: Any) -> str:
+    "The class of a network; of what is none, the value."
+    return type(thing).__name__ if isinstance(thing, nn.Module) else shown(thing)
+
 def save_module(
     module: SlimModule, # from `extract` or `compose`
     path: str | Path, # ends in `.safetensors`
 ) -> Path: # the path
     "Write a module to a file, atomically."
-    if not isinstance(module, SlimModule):
-        raise WrongType(f"{type(module).__name__} is not an extracted module; "
-                        "use extract, or as_module for a plain network")
+    check_extracted(module, 'use extract, or as_module for a plain network')
     return save_tensors(path, 'module', weights_of(module), module.description)
 
 # %% ../../nbs/08_modules/04_module.ipynb #5e4b8cfc
@@ -492,6 +504,7 @@ def load_module(
     device: str | torch.device = 'cpu', # where to put it
 ) -> SlimModule: # in eval mode
     "Read a module. Raises `FileNotFoundError`, or `ValueError` for a damaged or foreign file."
+    device = resolve_device(device)
     tensors, description = load_tensors(path, 'module')
     with describes(path, 'a module'):
         with torch.device('meta'): module = SlimModule(description)     # no memory as yet

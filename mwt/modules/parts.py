@@ -7,17 +7,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastcore.basics import patch
 from matplotlib.axes import Axes
 from torch import Tensor
-from ..core.checks import check_choice, check_range
-from ..core.display import Table, percent
-from ..core.errors import WrongValue
+from ..core.checks import check_choice, check_kind, check_range, shown
+from ..core.display import Table, check_axes, percent
+from ..core.errors import WrongType, WrongValue
 from ..core.files import describes, load_tensors, save_tensors
 from ..core.signature import Signature, as_signature
+from ..data.batches import class_names
+from ..data.labels import as_list, check_holds_values
 from .modularity import jaccard, jaccard_coupling, kernel_retention
 
 # %% auto #0
@@ -36,12 +39,46 @@ class Parts:
     samples: int            # samples of a class that cohesion was measured on, at most
     signature: Signature | None = None  # what the model takes and answers
 
+    def __post_init__(self) -> None: _check_fit(self)
+
+# %% ../../nbs/08_modules/02_parts.ipynb #bef5a6a6
+TENSORS = ('frequency', 'kept', 'thresholds', 'cohesion')       # what a file of parts holds
+FLOATS = (torch.float32, torch.float64)
+
+def _check_fit(parts: Parts) -> None:
+    "Raises where classes, layers and tensors do not fit each other."
+    class_names(parts.classes)
+    check_kind('sizes', parts.sizes, dict, 'a dictionary, masked layer -> its kernels')
+    for layer, size in parts.sizes.items(): check_range(f'sizes[{shown(layer)}]', size, 0, integer=True)
+    check_range('samples', parts.samples, 0, integer=True)
+    if parts.signature is not None: check_kind('signature', parts.signature, Signature, 'a Signature')
+    n, kernels, layers = len(parts.classes), sum(parts.sizes.values()), len(parts.sizes)
+    shapes = [(n, kernels), (n, kernels), (n, layers), (n,)]
+    for name, shape in zip(TENSORS, shapes):
+        tensor = getattr(parts, name)
+        check_kind(name, tensor, Tensor, f'a tensor of shape {shape}')
+        check_holds_values(tensor, name)
+        if tuple(tensor.shape) == shape: continue
+        raise WrongValue(f"{name} has shape {tuple(tensor.shape)}, not {shape}; decompose again")
+    if parts.kept.dtype != torch.bool:
+        raise WrongValue(f"kept must be boolean, not {parts.kept.dtype}; decompose again")
+    for name in ('frequency', 'thresholds', 'cohesion'):
+        if (kind := getattr(parts, name).dtype) in FLOATS: continue
+        raise WrongValue(f"{name} must be floats, not {kind}; decompose again")
+
+def check_parts(parts: Any) -> None:
+    "Raises `TypeError` for anything but parts."
+    check_kind('parts', parts, Parts, 'parts, as decompose makes them')
+
 # %% ../../nbs/08_modules/02_parts.ipynb #0a8368c8
 @patch
 def split(self: Parts,
     row: Tensor, # (..., kernels), of all layers
 ) -> dict[str, Tensor]: # layer -> (..., kernels of this layer)
     "Kernels of all layers, cut into layers."
+    kernels = sum(self.sizes.values())
+    if not isinstance(row, Tensor) or row.ndim == 0 or row.shape[-1] != kernels:
+        raise WrongType(f'row must be a tensor (..., {kernels}), one value a kernel, not {shown(row)}')
     return dict(zip(self.sizes, row.split(list(self.sizes.values()), -1)))
 
 # %% ../../nbs/08_modules/02_parts.ipynb #0226eef9
@@ -63,9 +100,7 @@ def target_rows(
     classes: Sequence[str | int], # target classes, by name or number
 ) -> list[int]: # their rows, in the given order
     "Find target classes. Raises `ValueError` for none, an unknown or a repeated one."
-    if classes is None: classes = []
-    if isinstance(classes, (str, int)): classes = [classes]
-    rows = [parts.index(c) for c in classes]
+    rows = [parts.index(c) for c in as_list([] if classes is None else classes)]
     if not rows:
         known = ', '.join(parts.classes)
         raise WrongValue(f"no target class given; name at least one of {known}")
@@ -111,6 +146,8 @@ def plot_masks(
     ax: Axes | None = None, # where to draw; `None` makes a figure
 ) -> Axes:
     "Which class keeps which kernels? Black is kept."
+    check_parts(parts)
+    check_axes(ax)
     if layer is not None: check_choice('layer', layer, list(parts.sizes))
     kept = parts.kept if layer is None else parts.split(parts.kept)[layer]
     n = len(parts.classes)
@@ -130,6 +167,8 @@ def plot_coupling(
     ax: Axes | None = None, # where to draw; `None` makes a figure
 ) -> Axes:
     "Which classes share kernels? Jaccard index of what they keep, 0 (nothing) to 1 (the same)."
+    check_parts(parts)
+    check_axes(ax)
     alike = jaccard(parts.kept, parts.kept)
     n = len(parts.classes)
     size = 1.5 + 0.42 * n, 1 + 0.38 * n
@@ -151,16 +190,13 @@ def _write_values(
         color = 'white' if value > .5 else 'black'
         ax.text(column, row, text, ha='center', va='center', fontsize=7, color=color)
 
-# %% ../../nbs/08_modules/02_parts.ipynb #d7ce842c
-TENSORS = ('frequency', 'kept', 'thresholds', 'cohesion')       # what a file of parts holds
-FLOATS = (torch.float32, torch.float64)
-
 # %% ../../nbs/08_modules/02_parts.ipynb #36d5118f
 def save_parts(
     parts: Parts, # from `decompose`
     path: str | Path, # ends in `.safetensors`
 ) -> Path: # the path
     "Write parts to a file, atomically."
+    check_parts(parts)
     tensors = {name: getattr(parts, name) for name in TENSORS}
     about = dict(classes=parts.classes, sizes=parts.sizes, samples=parts.samples)
     about |= dict(signature=parts.signature and asdict(parts.signature))
@@ -176,30 +212,4 @@ def load_parts(
     with describes(path, 'parts'):
         about['signature'] = as_signature(about.get('signature'))
         parts = Parts(**about, **tensors)
-        _check_words(parts)
-        _check_shapes(parts)
     return parts
-
-def _check_words(parts: Parts) -> None:
-    "Raises `ValueError` for classes without names, and for layers without kernels."
-    names = [*parts.classes, *parts.sizes]
-    if not isinstance(parts.classes, list) or not all(isinstance(name, str) for name in names):
-        raise WrongValue('classes must be a list of names, and layers must have names')
-    for name, size in parts.sizes.items(): check_range(name, size, 1, integer=True)
-    check_range('samples', parts.samples, 0, integer=True)
-
-def _check_shapes(parts: Parts) -> None:
-    "Raises `ValueError` where classes, layers and tensors do not fit each other."
-    n = len(parts.classes)
-    kernels = sum(parts.sizes.values())
-    layers = len(parts.sizes)
-    shapes = [(n, kernels), (n, kernels), (n, layers), (n,)]
-    for name, shape in zip(TENSORS, shapes):
-        found = tuple(getattr(parts, name).shape)
-        if found == shape: continue
-        raise WrongValue(f"{name} has shape {found}, not {shape}; decompose again")
-    if parts.kept.dtype != torch.bool:
-        raise WrongValue(f"kept must be boolean, not {parts.kept.dtype}; decompose again")
-    for name in ('frequency', 'thresholds', 'cohesion'):
-        if (kind := getattr(parts, name).dtype) in FLOATS: continue
-        raise WrongValue(f"{name} must be floats, not {kind}; decompose again")

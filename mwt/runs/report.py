@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import nn
-from ..core.files import atomic_write
+from ..core.checks import check_kind
+from ..core.files import as_path, atomic_write
 from ..core.display import Table, percent, progress
 from ..data.batches import ImageData
 from ..methods.modular import ModularModel, plain
@@ -98,7 +99,9 @@ def _module_files(
     paths: Sequence[str | Path], # module files; none: those of the run
 ) -> dict[str, Path]: # name in the table -> file
     "The modules to measure; files of the same name by their whole path."
-    paths = [Path(p) for p in paths] or sorted(run.folder.glob('modules/*.safetensors'))
+    if isinstance(paths, (str, Path)): paths = [paths]
+    check_kind('modules', paths, (list, tuple), 'a list of module files')
+    paths = [as_path(p, 'modules') for p in paths] or sorted(run.folder.glob('modules/*.safetensors'))
     stems = [p.stem for p in paths] + [FULL]
     return {p.stem if stems.count(p.stem) == 1 else str(p): p for p in paths}
 

@@ -17,25 +17,27 @@ from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
 from typing import Any
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 import mwt
-from ..core.checks import check_choice, check_range, resolve_device
+from ..core.checks import check_choice, check_flag, check_kind, check_range, resolve_device, shown
 from ..core.display import Table, percent
-from ..core.errors import InUse, NotFound, WrongValue
-from ..core.files import describes, read_json, unwritable, write_json
+from ..core.errors import InUse, NotFound, WrongType, WrongValue
+from ..core.files import as_path, describes, fits_disk, is_file, read_json, unwritable, write_json
 from ..core.locks import LOCK, check_free, owned
 from ..core.processes import global_sum, rank_and_size
-from ..data.batches import ImageData
-from ..data.sources import image_data
+from ..data.batches import ImageData, SplitData, class_names
+from ..data.batches import _check_options
+from ..data.sources import _NAMES, Reading, _check_reading, image_data
 from ..data.streams import ImageFiles
 from ..networks import NETWORKS, create_model
 from ..methods.base import METHODS, describe_method, make_method
 from ..methods.modular import modularize
 from ..train.checkpoint import load_checkpoint
 from ..train.history import History, TrainConfig, as_history, make_config
-from ..modules.module import SlimModule, load_module, save_module
+from ..modules.module import SlimModule, check_extracted, load_module, save_module
 from ..modules.parts import Parts, load_parts, save_parts
 
 # %% auto #0
@@ -123,16 +125,31 @@ def data_options() -> dict[str, Any]: # name -> default
     return {name: p.default for name, p in found if name not in elsewhere}
 
 # %% ../../nbs/09_runs/01_run.ipynb #b96c62a8
+def own_values(
+    settings: Mapping[str, Any], # by name
+) -> dict[str, Any]:
+    "Settings with Python's own numbers, which JSON can hold."
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
+
 def _images(
     source: str | Path, # a name or a folder
     seed: int, # of split, order and augmentation
     options: dict[str, Any], # of `data_options`
 ) -> dict[str, Any]: # arguments of `image_data`, JSON-able
     "How the images of a run are made."
-    if isinstance(source, Path) or Path(str(source)).is_dir(): source = str(Path(source).resolve())
+    path = as_path(source, 'data')
+    if isinstance(source, Path) or fits_disk(path) and path.is_dir(): source = str(path.resolve())
     options = data_options() | options
-    options['root'] = str(Path(options['root']).resolve())
-    return dict(source=source, seed=seed) | options
+    options['root'] = str(as_path(options['root'], 'root').resolve())
+    _check_images(source, seed, options)
+    return own_values(dict(source=source, seed=seed) | options)
+
+def _check_images(source: str, seed: int, options: Mapping[str, Any]) -> None:
+    "Raises for wrong options of `image_data`; whether the images are there is asked later."
+    reading = {name: options[name] for name in ('size', 'white', 'skip_broken', 'streaming')}
+    workers = 0 if options['workers'] is None else options['workers']
+    _check_options(options['batch_size'], seed, options['valid'], None, 'cpu', False)
+    _check_reading(source if source in _NAMES else Path(source), Reading(Path(), workers=workers, **reading))
 
 # %% ../../nbs/09_runs/01_run.ipynb #49ca5f01
 def _described(
@@ -165,9 +182,11 @@ def run_settings(
     check_range('epochs', epochs, 1, integer=True)
     check_range('seed', seed, 0, 2**32 - 1, integer=True)
     described = _described(method, options)
-    create_model(model, width=width, in_channels=1 if model in NETWORKS else 3)
-    return dict(data=_images(data, seed, images), model=model, width=width, method=described,
-                epochs=epochs, seed=seed, config=asdict(config))
+    known = isinstance(model, str) and model in NETWORKS
+    create_model(model, width=width, in_channels=1 if known else 3)
+    seed = int(seed)
+    return dict(data=_images(data, seed, images), model=model, width=float(width),
+                method=described, epochs=int(epochs), seed=seed, config=asdict(config))
 
 # %% ../../nbs/09_runs/01_run.ipynb #9dabb57c
 class Run:
@@ -177,9 +196,13 @@ class Run:
         settings: dict[str, Any], # as `run.json` holds them
         overwrite: bool = False, # may `train` take a folder that holds another run?
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder, 'folder')
+        if not fits_disk(self.folder/FILES['settings']):
+            raise WrongValue(f'folder must have a shorter name than {shown(str(folder))}')
+        check_kind('settings', settings, dict, 'a dictionary')
+        check_flag('overwrite', overwrite)
         self.settings = settings
-        self.overwrite = overwrite
+        self.overwrite = bool(overwrite)
         self.resuming = False       # does `train` go on with a run that was stopped?
         self.done = False           # has `train` nothing left to do?
         self.begun = False          # has `train` taken the folder?
@@ -189,7 +212,8 @@ class Run:
     def path(self,
         name: str, # a key of `FILES`: 'model', 'parts', 'history', ...
     ) -> Path:
-        "Where the run keeps a file."
+        "Where the run keeps a file. Raises `ValueError` for an unknown name."
+        check_choice('file', name, list(FILES))
         return self.folder/FILES[name]
 
 # %% ../../nbs/09_runs/01_run.ipynb #a13dc090
@@ -244,7 +268,9 @@ def create(cls: Run,
     **settings: Any, # of `run_settings`: model, width, method, epochs, seed, batch_size, lr, ...
 ) -> Run: # not yet trained
     "A new run. Raises `FileExistsError` for a folder in use, `ValueError` for a wrong setting."
+    check_flag('resume', resume)
     run = cls(folder, run_settings(data, **settings), overwrite)
+    folder = run.folder
     run.resuming = resume and run.state == 'stopped'
     run.done = resume and run.state == 'complete' and not overwrite
     first = rank_and_size()[0] == 0         # asks for all processes that share the run
@@ -260,9 +286,10 @@ def no_run(
     folder: str | Path, # without `run.json`
 ) -> FileNotFoundError: # to be raised
     "An error that says what is there in place of a run, and the way out."
-    if not any((Path(folder)/name).is_file() for name in (FILES['resume'], LOCK)):
-        return NotFound(f"{folder} holds no run (no {FILES['settings']}); make one with: "
-                        f"mwt train --data DATA --out {folder}")
+    if not any(is_file(Path(folder)/name) for name in (FILES['resume'], LOCK)):
+        named = shown(str(folder))[1:-1]
+        return NotFound(f"{named} holds no run (no {FILES['settings']}); make one with: "
+                        f"mwt train --data DATA --out {named}")
     why = 'it was stopped; mwt train with the same settings and --resume goes on with it'
     try: check_free(folder)
     except FileExistsError as e: why = str(e)
@@ -303,11 +330,12 @@ def open(cls: Run,
     data: str | Path | None = None, # where the images are, if they have moved since
 ) -> Run:
     "A run from its folder. Raises `FileNotFoundError` without one, `ValueError` for a damaged one."
-    path = Path(folder)/FILES['settings']
-    if not path.is_file(): raise no_run(folder)
+    folder = as_path(folder, 'folder')
+    path = folder/FILES['settings']
+    if not is_file(path): raise no_run(folder)
     settings = read_json(path, NEEDED, 'train the run again', LATER)
     with describes(path, 'a run'): check_settings(settings)
-    if data is not None: settings['data']['source'] = str(data)
+    if data is not None: settings['data']['source'] = str(as_path(data, 'data'))
     return cls(folder, settings)
 
 # %% ../../nbs/09_runs/01_run.ipynb #9c5b58c9
@@ -355,9 +383,10 @@ def new_model(self: Run,
 ) -> nn.Module: # plain or modular, as the settings say
     "The network of the run with its initial weights."
     s = self.settings
+    if data is not None: check_kind('data', data, SplitData, 'images, as Run.data gives them')
     if data is None and 'classes' not in s: data = self.data()      # trained by version 0.1.0
-    n_classes = data.n_classes if data else len(s['classes'])
-    channels = data.channels if data else s['channels']
+    n_classes = len(s['classes']) if data is None else data.n_classes
+    channels = s['channels'] if data is None else data.channels
     net = create_model(s['model'], n_classes, s['width'], channels, seed=s['seed'])
     if s['method'] is None: return net
     return modularize(net, n_classes, seed=s['seed'], **s['method'])
@@ -413,6 +442,7 @@ def modules(self: Run,
     device: str | torch.device = 'cpu', # where to put them
 ) -> dict[str, SlimModule]: # name of the file -> module
     "The modules that were cut out."
+    device = resolve_device(device)
     paths = sorted(self.folder.glob('modules/*.safetensors'))
     return {p.stem: load_module(p, device) for p in paths}
 
@@ -437,6 +467,8 @@ def module_path(self: Run,
     classes: Sequence[str], # of a module
 ) -> Path:
     "Where the run keeps a module, or shall keep it."
+    classes = class_names(classes)
+    if not classes: raise WrongValue('classes must be at least one')
     folder = self.folder/'modules'
     path = folder/f'{module_name(classes)}.safetensors'
     if not path.exists() or path.name in os.listdir(folder): return path
@@ -462,6 +494,7 @@ def owned(self: Run,
 @patch
 def save_history(self: Run, history: History) -> Path: # the file
     "Keep what happened while training."
+    check_kind('history', history, History, 'a history, as fit returns it')
     return write_json(self.path('history'), asdict(history))
 
 @patch
@@ -477,11 +510,14 @@ def save_parts(self: Run, parts: Parts) -> Path: # the file
 @patch
 def save_module(self: Run, module: SlimModule) -> Path: # the file
     "Keep a module under the names of its classes."
+    check_extracted(module)
     return save_module(module, self.module_path(module.classes))
 
 @patch
 def save_metrics(self: Run, metrics: dict[str, Any]) -> Path: # the file
     "Keep the figures of the run."
+    if not isinstance(metrics, dict) or not {'modularity', 'networks'} <= metrics.keys():
+        raise WrongType(f"metrics must be a dictionary with modularity and networks, not {shown(metrics)}")
     return write_json(self.path('metrics'), metrics)
 
 # %% ../../nbs/09_runs/01_run.ipynb #96d64078

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..core.checks import check_range
+from ..core.checks import check_flag, check_range, resolve_device
 from ..core.errors import InUse
 from ..core.processes import meet, rank_and_size
 from ..data.batches import ImageData
@@ -67,6 +67,8 @@ def train(self: Run,
     show_progress: bool = True, # say what is trained, and show a progress bar
 ) -> History: # one row an epoch
     "Train the network. Raises `ValueError` where something does not fit, before files change."
+    check_flag('show_progress', show_progress)
+    resolve_device(device)
     if self.done: return self.history()
     with self.owned('training'):
         data = self.data(device)
@@ -92,6 +94,7 @@ def decompose(self: Run,
 ) -> Parts:
     "Find the kernels that each class needs."
     rank, n = rank_and_size()
+    check_flag('show_progress', show_progress)
     show_progress = show_progress and rank == 0
     with self.owned('decomposing'):
         data = self.data(device)
@@ -110,6 +113,7 @@ def extract(self: Run,
 ) -> list[SlimModule]: # one for each group
     "Cut out modules. Raises `ValueError` for an unknown class before any module is cut."
     parts = self.parts()
+    check_flag('fuse', fuse)
     check_range('round_to', round_to, 1, integer=True)
     groups = groups or [[c] for c in parts.classes]
     for group in groups: target_rows(parts, group)

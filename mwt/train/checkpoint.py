@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
+from ..core.accepted import check_is_module, check_weights
+from ..core.checks import check_kind
 from ..core.errors import WrongValue
 from ..core.files import describes, load_tensors, save_tensors
 from ..core.signature import (
@@ -37,6 +39,9 @@ def save_checkpoint(
     about: Mapping[str, Any] | None = None, # anything JSON can hold, kept beside the weights
 ) -> Path: # the path
     "Write a network's weights, atomically."
+    check_is_module(model)
+    check_weights(model)
+    if about is not None: check_kind('about', about, Mapping, 'a dictionary, or None')
     about = dict(about or {}) | ask(model, 'about', otherwise={})
     known = signature_of(model)
     about |= dict(signature=known and asdict(known))
@@ -94,6 +99,8 @@ def load_checkpoint(
     path: str | Path, # a file of `save_checkpoint`
 ) -> dict[str, Any]: # what was kept beside the weights
     "Read weights into a network. Raises `ValueError` for a damaged file or another network."
+    check_is_module(model)
+    check_weights(model)
     weights, about = load_tensors(path, 'checkpoint')
     weights = ask(model, 'upgrade', weights, otherwise=weights)
     with describes(path, 'a network'): signature_in(about)

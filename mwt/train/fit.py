@@ -16,10 +16,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.accepted import check_answer, check_can_train
-from ..core.checks import check_choice, check_range, seeded
+from ..core.checks import check_choice, check_flag, check_range, is_out_of_memory, seeded
 from ..core.display import percent, progress
 from ..core.errors import TrainingLost, WrongValue
-from ..core.files import check_writable, describes, load_tensors, save_tensors
+from ..core.files import as_path, check_writable, describes, load_tensors, save_tensors
 from ..core.nets import evaluating, input_dtype, memory_format, untouched
 from ..core.processes import global_sum, rank_and_size
 from ..core.signature import signature_of, weights_of, without_signature
@@ -30,7 +30,7 @@ from ..methods.base import METHODS, describe_method, make_method
 from ..measure import check_channels, evaluate, n_outputs
 from .checkpoint import ask, misfit, save_checkpoint
 from .history import History, TrainConfig, as_history, make_config
-from .trainer import Trainer, is_out_of_memory, prefixed, those_of, train_epoch
+from .trainer import Trainer, prefixed, those_of, train_epoch
 
 # %% auto #0
 __all__ = ['fit']
@@ -332,7 +332,6 @@ def start_(self: Fit) -> None:
         raise WrongValue(f"not every process found the run in {self.resume}; "
                          "name a file that all of them can see")
     if not is_first(): return
-    if self.checkpoint is not None: check_writable(self.checkpoint)
     if self.resume is not None and not going_on: self.save_run()
 
 # %% ../../nbs/07_train/04_fit.ipynb #9f78df13
@@ -355,6 +354,7 @@ def train(self: Fit,
     "All epochs that are left."
     with seeded(self.seed), torch.backends.cudnn.flags(benchmark=True):
         self.start_()
+        if signature_of(self.model) is None: self.model.signature = self.data.train.signature
         done = len(self.history.rows)
         self.data.train.seed(self.seed, done)
         shown = show_progress and is_first()
@@ -373,13 +373,16 @@ def _prepared(
     steps: int, # of the whole run
     compile: bool, # let `torch.compile` work on the network
 ) -> Trainer:
-    "A run at its start: memory order and class names are those of training."
+    "A run at its start: the memory order is that of training."
     format = memory_format(model, torch.zeros(2, *data.shape, device=data.device))
     model.to(memory_format=format)
-    if signature_of(model) is None: model.signature = data.train.signature
     return Trainer(model, config, steps, compile, format)
 
 # %% ../../nbs/07_train/04_fit.ipynb #a91d3647
+def _check_file(name: str, path: Any) -> None:
+    "Raises where a file cannot be written; `None` is no file."
+    if path is not None and is_first(): check_writable(as_path(path, name))
+
 def begin_fit(
     model: nn.Module, # as for `fit`, like all arguments
     data: Any,
@@ -392,6 +395,8 @@ def begin_fit(
 ) -> Fit:
     "Check everything; nothing is trained or written yet."
     check_range('epochs', epochs, 1, integer=True)
+    check_range('seed', seed, 0, 2**32 - 1, integer=True)
+    epochs, seed = int(epochs), int(seed)
     data = found_data(data, device, model)
     fingerprint = getattr(data, 'fingerprint', None)
     data = own_share(data)
@@ -402,6 +407,7 @@ def begin_fit(
     model = model.to(device)
     check_fit(model, data)
     warn_of_slow_bfloat16(config, device)
+    for name in 'checkpoint', 'resume': _check_file(name, files[name])
     run = _prepared(model, data, config, steps, compile)
     return Fit(run, data, epochs, seed, fingerprint=fingerprint, **files)
 
@@ -421,6 +427,7 @@ def fit(
 ) -> History: # one row an epoch
     "Train a network. Raises `ValueError` before any work where something does not fit."
     check_can_train(model)
+    check_flag('show_progress', show_progress)
     config = make_config(config, **options)
     call = begin_fit(model, data, epochs, config, seed, device, compile, checkpoint=checkpoint,
                      resume=resume)

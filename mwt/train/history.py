@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 import matplotlib.pyplot as plt
+import numpy as np
 from fastcore.basics import patch
 from matplotlib.axes import Axes
-from ..core.checks import check_range, nearest
-from ..core.display import Table, percent
-from ..core.errors import WrongValue
+from ..core.checks import (check_choice, check_flag, check_kind, check_range, nearest, own_numbers_,
+                             shown)
+from ..core.display import Table, check_axes, percent
+from ..core.errors import WrongType, WrongValue
 
 # %% auto #0
 __all__ = ['TrainConfig', 'History']
@@ -37,7 +39,9 @@ class TrainConfig:
                              f'not {self.momentum!r}')
         check_range('weight_decay', self.weight_decay, 0)
         check_range('warmup', self.warmup, 0, 1)
+        if self.amp is not None: check_flag('amp', self.amp)
         check_range('accumulate', self.accumulate, 1, integer=True)
+        own_numbers_(self)
 
 # %% ../../nbs/07_train/01_history.ipynb #d9f1a61c
 def make_config(
@@ -45,6 +49,7 @@ def make_config(
     **options: Any, # fields that differ
 ) -> TrainConfig:
     "A recipe with some options replaced. Raises `ValueError` for an unknown option."
+    if config is not None: check_kind('config', config, TrainConfig, 'TrainConfig(...), or None')
     known = [f.name for f in fields(TrainConfig)]
     for name in options:
         if name in known: continue
@@ -75,7 +80,8 @@ class History:
     def series(self,
         name: str, # a column, e.g. `'valid_accuracy'`
     ) -> list[float]: # one value an epoch
-        "One column."
+        "One column. Raises `ValueError` for one that is not there."
+        if self.rows: check_choice('column', name, list(self.rows[0]))
         return [row[name] for row in self.rows]
 
 # %% ../../nbs/07_train/01_history.ipynb #6929d225
@@ -139,11 +145,20 @@ def _plot_columns(
     ax.legend(fontsize='x-small', frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
 
 # %% ../../nbs/07_train/01_history.ipynb #48fb90f6
+def _check_two_axes(axes: Any) -> None:
+    "Raises `TypeError` for anything but a pair of axes."
+    what = 'a pair of axes of Matplotlib, for losses and accuracies, or None'
+    check_kind('axes', axes, (tuple, list, np.ndarray), what)
+    if np.ndim(axes) == 0 or len(axes) != 2: raise WrongType(f'axes must be {what}, not {shown(axes)}')
+    for ax in axes: check_axes(ax, 'axes')
+
 def plot_history(
     history: History, # from `fit`
     axes: tuple[Axes, Axes] | None = None, # where to draw; `None` makes a figure
 ) -> tuple[Axes, Axes]: # losses on the left, accuracies on the right
     "Did it learn, and did the masks?"
+    if axes is not None: _check_two_axes(axes)
+    if not history.rows: raise WrongValue('history must have an epoch to be drawn, not none')
     if axes is None: axes = tuple(plt.subplots(1, 2, figsize=(9, 2.6), layout='constrained')[1])
     names = [name for name in history.rows[0] if name not in ('epoch', 'lr', 'seconds')]
     accuracies = [name for name in names if 'accuracy' in name]

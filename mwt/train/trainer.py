@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from ..core.errors import MwtError, TrainingLost, WrongValue
+from ..core.checks import NotEnoughMemory, is_out_of_memory
+from ..core.errors import TrainingLost, WrongValue
 from ..core.nets import device_of, evaluating, logits_of, memory_format
 from ..core.processes import GlobalNorms, global_sum, rank_and_size
 from ..core.signature import weights_of, without_signature
@@ -213,14 +214,6 @@ def check_losses(self: Trainer) -> None:
                        f"{losses[lost[0]]}")
 
 # %% ../../nbs/07_train/03_trainer.ipynb #1224d0a7
-def is_out_of_memory(
-    e: BaseException, # what ended a step
-) -> bool:
-    "Was there too little memory, on any device?"
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
-    words = "can't allocate memory", 'not enough memory', 'STATUS_ALLOC_FAILED', 'bad_alloc'
-    return isinstance(e, RuntimeError) and any(word in str(e) for word in words)
-
 @patch
 def fits(self: Trainer,
     images: Tensor, # (batch, channels, height, width)
@@ -249,9 +242,6 @@ def size_that_fits(self: Trainer) -> int: # images; 0: not even one
     return size
 
 # %% ../../nbs/07_train/03_trainer.ipynb #855b9bfc
-class NotEnoughMemory(MwtError, torch.OutOfMemoryError):
-    "A step for which the device has no room."
-
 @patch
 def out_of_memory(self: Trainer,
     why: str, # what PyTorch said
