@@ -20,12 +20,13 @@ __all__ = []
 # %% ../../nbs/04_channels/07_operations.ipynb #e37c3716
 MEMORY = ('empty', 'resize', 'strided', 'set_', 'pin_memory', 'data', 'unsafe', 'sparse', 'cuda',
           'cpu', 'mkldnn', 'requires_grad', 'quantize', 'int_repr', 'q_per', 'coalesce')
+VOLUMES = ('conv3d', 'conv_transpose3d', 'convtranspose3d')     # `check_flat` refuses their layers
 
 def takes_and_returns_tensors(
     name: str, # of an operator, as ATen calls it, e.g. 'relu_' or 'linalg_norm'
 ) -> bool:
     "Does this operator compute tensors of tensors, by PyTorch's own register?"
-    if name.startswith('_') or any(word in name for word in MEMORY): return False
+    if name.startswith('_') or any(word in name for word in (*MEMORY, *VOLUMES)): return False
     for schema in torch._C._jit_get_schemas_for_operator(f'aten::{name}'):
         first = str(schema.arguments[0].type) if schema.arguments else ''
         returned = [str(r.type) for r in schema.returns]
@@ -121,7 +122,8 @@ def _is_layer(kind: Any) -> bool:
     if not isinstance(kind, type) or not issubclass(kind, nn.Module): return False
     package, _, module = kind.__module__.rpartition('.')
     computes = kind.forward is not nn.Module.forward and not kind.__name__.startswith('Lazy')
-    return package == 'torch.nn.modules' and module not in NO_LAYERS and computes
+    known = package == 'torch.nn.modules' and module not in NO_LAYERS
+    return known and computes and kind.__name__.lower() not in VOLUMES
 
 LAYERS: dict[str, type[nn.Module]] = {n: c for n, c in vars(nn).items() if _is_layer(c)}
 

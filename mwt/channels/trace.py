@@ -230,6 +230,30 @@ def trace(
     "Trace a network. Raises `ValueError` for a forward pass that depends on its data."
     with evaluating(model): return tidy_(_traced(model, example=example)[0])
 
+# %% ../../nbs/04_channels/01_trace.ipynb #a4a6be8d
+class _Gradients(fx.Interpreter):
+    "Notes which operations get a gradient, and which only read what has one."
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.learns = getattr(self, 'learns', {}) | {n: _learns(value)}
+        return value
+
+def without_gradient(
+    model: nn.Module, # any network; run in eval mode
+    example: Tensor, # an input that it accepts
+) -> list[str]: # names of operations
+    "The operations that read something with a gradient and return nothing with one."
+    runner = _Gradients(copied(model).eval(), graph=trace(model, example))
+    with torch.enable_grad(): runner.run(example.clone().requires_grad_() * 1)
+    lost = [n for n, learns in runner.learns.items() if not learns and n.op.startswith('call')
+            and n.target is not getattr and any(runner.learns[i] for i in n.all_input_nodes)]
+    return [str(getattr(n.target, '__name__', n.target)) for n in lost]
+
+def _learns(value: Any) -> bool:
+    "Does a gradient get to this result, or to one of several?"
+    if isinstance(value, (tuple, list)): return any(_learns(v) for v in value)
+    return isinstance(value, Tensor) and value.requires_grad
+
 # %% ../../nbs/04_channels/01_trace.ipynb #8b9b15ba
 def input_channels(
     model: nn.Module, # any network with a convolution
@@ -252,6 +276,16 @@ def input_channels(
 SIZES = (32, 64, 128, 224, 299)     # pixels, from CIFAR to Inception
 REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError)   # how networks refuse an input
 
+def _finite(
+    model: nn.Module, # any network
+    x: Tensor, # numbers around zero
+) -> Tensor: # those, or numbers from 0 to 1 where only they have an answer (`x.log()`)
+    "The images that a network answers with finite numbers, if it does so for any."
+    for images in (x, x.sigmoid()):
+        with evaluating(model), untouched(model): answer = model(images)
+        if not isinstance(answer, Tensor) or answer.isfinite().all(): return images
+    return x
+
 def find_example(
     model: nn.Module, # any network
     example_input: Tensor | None = None, # (batch, channels, height, width); `None`: usual sizes
@@ -268,9 +302,7 @@ def find_example(
         x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         if getattr(model, 'takes_pixels', False): x = x.sigmoid()
         x = x.to(device_of(model), like.dtype)
-        try:
-            with evaluating(model), untouched(model): model(x)
-            return x
+        try: return _finite(model, x)
         except REFUSALS as e:
             errors.append(f'{shape}: {(str(e) or type(e).__name__).splitlines()[0]}')
     raise WrongValue(
