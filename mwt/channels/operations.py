@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from .rules import RULES, SHAPE_READERS, STOCHASTIC_DEPTH, full_name
+from .rules import RULES, SHAPE_READERS
+from .trace import STOCHASTIC_DEPTH, full_name, put_at_
 
 # %% auto #0
 __all__ = []
@@ -93,7 +94,7 @@ SIGNS = [n for n in (*fx.graph.magic_methods, *fx.graph.inplace_methods) if n !=
 
 FUNCTIONS: dict[str, Callable] = {
     **named('operator', operator, SIGNS), **named('torch', torch, FILLED),
-    **named('math', math, NUMBERS), 'stochastic_depth': _stochastic_depth}
+    **named('math', math, NUMBERS), 'stochastic_depth': _stochastic_depth, 'put_at_': put_at_}
 for prefix, place in PLACES.items(): FUNCTIONS |= functions_of(prefix, place)
 
 NAMES: dict[Callable, str] = {}             # function -> its name in files, the first of several

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from ..core.errors import WrongValue
 from ..core.nets import evaluating
-from .trace import _traced, known_class, tidy_
+from .trace import STOCHASTIC_DEPTH, _traced, full_name, known_class, tidy_
 from .groups import Activation, ChannelGroups, compact, varying
 
 # %% auto #0
@@ -227,11 +227,6 @@ def _pinned(tracker: ChannelTracker, value: Any, reason: str, least: int = 0) ->
     return Activation(ids.view([1] * value.ndim).expand(value.shape))
 
 # %% ../../nbs/04_channels/03_rules.ipynb #3dd51790
-def full_name(function: Any) -> str:
-    "The module of a function and its name in it; empty for what has none."
-    if not hasattr(function, '__qualname__'): return ''
-    return f'{function.__module__}.{function.__qualname__}'
-
 @patch
 def follow(self: ChannelTracker, node: fx.Node) -> Any:
     "The activation of an operation's result."
@@ -714,8 +709,6 @@ ONE_NUMBER = spellings(*'''
     hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink threshold
     clamp clamp_min clamp_max clip exp neg negative abs sqrt square pow
     dropout dropout1d dropout2d alpha_dropout zeros_like ones_like full_like'''.split())
-
-STOCHASTIC_DEPTH = 'torchvision.ops.stochastic_depth.stochastic_depth'  # takes seconds to import
 
 MARKED = [key for name in pointwise() for key in spellings(name)]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 import torch
@@ -163,6 +164,44 @@ def _by_place(node: fx.Node) -> None:
             node.args = (node.kwargs[name],)
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != name}
 
+# %% ../../nbs/04_channels/01_trace.ipynb #37987b9c
+STOCHASTIC_DEPTH = 'torchvision.ops.stochastic_depth.stochastic_depth'  # takes seconds to import
+
+def full_name(function: Any) -> str:
+    "The module of a function and its name in it; empty for what has none."
+    if not hasattr(function, '__qualname__'): return ''
+    return f'{function.__module__}.{function.__qualname__}'
+
+@contextmanager
+def looking_inside() -> Iterator[None]:
+    "Inside the block, functions that a library has closed to traces are open."
+    closed = fx._symbolic_trace._wrapped_fns_to_patch       # (space, name) -> its variables
+    before = dict(closed)
+    for (space, name), variables in before.items():
+        function = variables.get(name)
+        if inspect.isfunction(function) and full_name(function) != STOCHASTIC_DEPTH:
+            del closed[space, name]
+    try: yield
+    finally: closed.update(before)
+
+# %% ../../nbs/04_channels/01_trace.ipynb #97014a9f
+def put_at_(
+    x: Tensor, # changed
+    index: Any, # of a part of it
+    value: Any, # for that part
+) -> Tensor: # the same
+    "What `x[index] = value` does."
+    x[index] = value
+    return x
+
+class Assignable(fx.Proxy):
+    "Stands for a result, and notes assignments to its parts."
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy('call_function', put_at_, (self, index, value), {})
+
+@patch
+def proxy(self: Tracer, node: fx.Node) -> fx.Proxy: return Assignable(node, self)
+
 # %% ../../nbs/04_channels/01_trace.ipynb #ce5a9557
 @patch
 def trace(self: Tracer,
@@ -172,7 +211,7 @@ def trace(self: Tracer,
     "The operations of a network."
     images = next(iter(inspect.signature(root.forward).parameters), '')
     constants = {k: v for k, v in (concrete_args or {}).items() if k != images}
-    with untouched(root):
+    with untouched(root), looking_inside():
         graph = fx.Tracer.trace(self, root, constants or None)
         made = {k: v for k, v in vars(root).items() if k.startswith('_tensor_constant')}
     vars(root).update(made)             # tensors that the forward pass makes belong to the graph
