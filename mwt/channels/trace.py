@@ -339,7 +339,7 @@ def find_example(
     errors = []
     for shape in shapes:
         x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        if getattr(model, 'takes_pixels', False): x = x.sigmoid()
+        if getattr(model, 'takes_pixels', False) is True: x = x.sigmoid()
         x = x.to(device_of(model), like.dtype)
         try: return _finite(model, x)
         except REFUSALS as e:

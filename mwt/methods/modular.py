@@ -43,6 +43,7 @@ class ModularModel(Signed):
         self.n_classes = head_size(net.get_submodule(channels.head))
         self.example_shape: tuple[int, ...] = tuple(example.shape[1:])  # (channels, height, width)
         self.dtypes = first_weight(net).dtype, example.dtype        # when it was made
+        self.takes_signs = bool((example < 0).any())                # or numbers from 0 to 1 only
         self.masks = method.attach(net, channels, self.n_classes, example)
 
     @property
@@ -176,6 +177,7 @@ def example(self: ModularModel) -> Tensor: # (2, channels, height, width)
     "An input on the model's device, random but always the same."
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *self.input_shape, generator=generator)
+    if not self.takes_signs: x = x.sigmoid()
     return x.to(first_weight(self.net).device, self.input_dtype())
 
 @patch
@@ -265,11 +267,12 @@ def check_cut(
     try: error = cut_error(copy_of(trial).double().cpu())
     except RuntimeError: pass               # it needs its own type, or its own device
     if error <= margin: return
+    how = f'by {error:.2g} of the size of its logits'
+    if error != error: how = 'it answers NaN where a channel is all zeros'
     raise WrongValue(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
-                     'computes something else than with them switched off (by '
-                     f'{error:.2g} of the size of its logits). Something reads zeros as something '
-                     'else, or asks for the class of a layer; leave the layers before it unmasked '
-                     '(filter_fn)')
+                     f'computes something else than with them switched off ({how}). Something reads '
+                     'zeros as something else, or asks for the class of a layer; leave the layers '
+                     'before it unmasked (filter_fn)')
 
 # %% ../../nbs/05_methods/04_modular.ipynb #5cf648ab
 def check_learns(
