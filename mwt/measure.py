@@ -164,11 +164,12 @@ def count_params(
 # %% ../nbs/06_measure/01_measure.ipynb #53f8db26
 def count_flops(
     model: nn.Module, # any network
-    x: Tensor, # (batch, channels, height, width), a batch as it takes it; the first image is used
+    x: Tensor, # (batch, channels, height, width), as it takes it; at most two images are used
 ) -> int: # floating point operations an image; a multiplication and an addition are two
     "The operations of one forward pass, counted by PyTorch."
-    with evaluating(model), FlopCounterMode(display=False) as counter: model(x[:1])
-    return counter.get_total_flops()
+    few = x[:2]         # some networks cannot do with one image (`x.squeeze()`)
+    with evaluating(model), FlopCounterMode(display=False) as counter: model(few)
+    return counter.get_total_flops() // len(few)
 
 # %% ../nbs/06_measure/01_measure.ipynb #0e98d96d
 def wait_for(

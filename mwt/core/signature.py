@@ -130,4 +130,5 @@ def signature_of(
     model: nn.Module, # any network
 ) -> Signature | None: # `None` where nobody said
     "What a network takes and answers."
-    return getattr(model, 'signature', None)
+    found = getattr(model, 'signature', None)
+    return found if isinstance(found, Signature) else None       # or an attribute of its own

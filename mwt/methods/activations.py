@@ -52,9 +52,8 @@ def with_points(
 ) -> fx.GraphModule: # shares all layers with `net`
     "Put a point behind each of some operations."
     for node in graph.nodes:                    # tensors are asked for anew at each call, since
-        if node.op == 'get_attr': node.target = f'whole.{node.target}'      # buffers are replaced
-    root = {n.target: net.get_submodule(n.target) for n in graph.nodes if n.op == 'call_module'}
-    root |= {n.target: _find(net, n.target) for n in graph.nodes if n.op == 'get_attr'}
+        if node.op in OWNED: node.target = f'whole.{node.target}'       # buffers are replaced
+    root = {n.target: _find(net, n.target) for n in graph.nodes if n.op in OWNED}
     root |= {f'point{i}': p for i, p in enumerate(points)}
     for i, node in enumerate(nodes):
         with graph.inserting_after(node): point = graph.call_module(f'point{i}', (node,))
@@ -63,8 +62,10 @@ def with_points(
     traced.add_module('whole', net)
     return traced
 
+OWNED = 'get_attr', 'call_module'      # operations that name something of the network
+
 def _find(net: nn.Module, path: str) -> Any:
-    "The tensor at a dotted path that begins with `whole`."
+    "The tensor or layer at a dotted path that begins with `whole`."
     owner, _, name = path.removeprefix('whole.').rpartition('.')
     return getattr(net.get_submodule(owner), name)
 

@@ -193,6 +193,13 @@ def masks_by_unit(
         values[units[own]] = mask[own]
     return values
 
+# %% ../../nbs/05_methods/06_shared.ipynb #710d8130
+@patch
+def cut(self: SharedMasks, net: nn.Module, keep: Mapping[str, Tensor],
+        example: Tensor) -> nn.Module:
+    stay = {name: self.units_of(name) == self.n_units for name in keep}
+    return slice_channels_(net, self.channels, {n: mask.cpu() | stay[n] for n, mask in keep.items()})
+
 # %% ../../nbs/05_methods/06_shared.ipynb #f8067efd
 def open_units(
     opened: Tensor, # (units,) boolean, the units that some class opens

@@ -24,7 +24,7 @@ from ..core.nets import device_of
 from ..core.signature import (
     Signature, Signed, as_signature, normalise, weights_of, without_signature)
 from ..channels.description import (
-    decode, describe_steps, layers_and_tensors, make_layer, tensor_at)
+    OWN_STEPS, check_names, decode, describe_steps, layers_and_tensors, make_layer, tensor_at)
 from ..channels.operations import ATTRIBUTES, DTYPES, FUNCTIONS, METHOD_NAMES
 
 # %% auto #0
@@ -156,13 +156,11 @@ class SlimModule(Signed):
 def _put(root: nn.Module, path: str, item: nn.Module | nn.Parameter | Tensor) -> None:
     "Put a layer, parameter or buffer at a dotted path, with containers on the way."
     *parents, last = path.split('.')
-    for parent in parents:
-        if parent not in root._modules: root.add_module(parent, nn.Module())
-        root = root._modules[parent]
+    for parent in parents: root = root._modules.setdefault(parent, nn.Module())
     own = None if isinstance(item, nn.Module) else getattr(root, last, None)    # of a layer
     if isinstance(own, Tensor) and own.shape != item.shape:
         raise WrongValue(f'{path} is {tuple(own.shape)} in its layer, not {tuple(item.shape)}')
-    if isinstance(item, nn.Module): root.add_module(last, item)
+    if isinstance(item, nn.Module): root._modules[last] = item      # also one called `classes`
     elif isinstance(item, nn.Parameter): root.register_parameter(last, item)
     else: root.register_buffer(last, item)
 
@@ -252,7 +250,7 @@ def renamed(
     return {k: names[v] if k == 'step' else renamed(v, names) for k, v in value.items()}
 
 # %% ../../nbs/08_modules/04_module.ipynb #b747f14c
-STATISTICS = 'pixel_mean', 'pixel_std'      # tensors of a module that takes pixels
+STATISTICS = OWN_STEPS[:2]      # tensors of a module that takes pixels: mean and spread
 FUNCTIONS['normalise'] = normalise
 
 def taking_pixels(
@@ -264,9 +262,7 @@ def taking_pixels(
     reads = [{'step': name} for name in (first['name'], *STATISTICS)]
     new = [dict(name=name, kind='tensor', target=name, args=[], kwargs={}) for name in STATISTICS]
     new.append(dict(name='normalised', kind='function', target='normalise', args=reads, kwargs={}))
-    for step in (s for s in rest if s['name'] in {n['name'] for n in new}):
-        raise WrongValue(f"the network has a step {step['name']!r}, which the module needs for itself; "
-                         "give it another name")
+    check_names(d)
     names = {s['name']: s['name'] for s in d['steps']} | {first['name']: 'normalised'}
     rest = [dict(s, args=renamed(s['args'], names), kwargs=renamed(s['kwargs'], names)) for s in rest]
     tensors = {name: dict(shape=[d['input_shape'][0]], parameter=False) for name in STATISTICS}
