@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -336,8 +337,8 @@ def check_index(
     for n in dots: items[n:n + 1] = [slice(None)] * (x.ndim - len(items) + 1)
     for size, item in zip(x.shape, items):
         if not isinstance(item, list): continue
-        places = torch.tensor(item, device='cpu')
-        if places.dtype == torch.bool or not places.numel(): continue
+        places = np.asarray(item)
+        if places.dtype == bool or not places.size: continue
         if places.min() < -size or places.max() >= size:
             raise IndexError(f'index {item} is out of range for {size} channels')
 
