@@ -327,10 +327,9 @@ def check_index(
     dots = [n for n, i in enumerate(items) if i is Ellipsis]
     for n in dots: items[n:n + 1] = [slice(None)] * (x.ndim - len(items) + 1)
     for size, item in zip(x.shape, items):
-        if not isinstance(item, list): continue
-        places = torch.tensor(item, device='cpu')
-        if places.dtype == torch.bool or not places.numel(): continue
-        if places.min() < -size or places.max() >= size:
+        places = [place for place in tree_leaves(item) if type(place) is int]   # not of a mask
+        if not isinstance(item, list) or not places: continue
+        if min(places) < -size or max(places) >= size:
             raise IndexError(f'index {item} is out of range for {size} channels')
 
 # %% ../../nbs/08_modules/04_module.ipynb #a021c529
@@ -460,10 +459,13 @@ def changes(module: nn.Module, images: Tensor) -> list[tuple]:
     tensors = [images, *module.parameters(), *module.buffers()]
     return [(t._version, t.shape, t.requires_grad) for t in tensors]
 
+KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full'}
+
 def check_facts(
     description: Mapping[str, Any], # of a module
 ) -> None:
     "Raises `ValueError` for classes, shape and the like that are none."
+    for key in description.keys() - KEYS: raise WrongValue(f'no mwt writes {shortened(key)} there')
     classes, full = description['classes'], description.get('full')
     names = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
     if not names or len(set(classes)) < len(classes):
