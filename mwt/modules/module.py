@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -336,15 +335,15 @@ def check_index(
     dots = [n for n, i in enumerate(items) if i is Ellipsis]
     for n in dots: items[n:n + 1] = [slice(None)] * (x.ndim - len(items) + 1)
     for size, item in zip(x.shape, items):
-        if not isinstance(item, list): continue
-        places = np.asarray(item)
-        if places.dtype == bool or not places.size: continue
-        if places.min() < -size or places.max() >= size:
+        places = [place for place in tree_leaves(item) if type(place) is int]   # not of a mask
+        if not isinstance(item, list) or not places: continue
+        if min(places) < -size or max(places) >= size:
             raise IndexError(f'index {item} is out of range for {size} channels')
 
 # %% ../../nbs/08_modules/04_module.ipynb #a021c529
 LARGEST = 1 << 31           # bytes of one result, for two images
 MOST_PIECES = 10_000        # results of one operation
+WRITES = 'it writes into its images or its own weights'
 COUNTED = ('tensor_split', 'hsplit', 'vsplit', 'dsplit', 'combinations')    # are told how many
 MOST_OPERATIONS = 1_000_000 # of the whole run
 MOST_AXES = 32              # of a tensor
@@ -416,6 +415,8 @@ class Trial(TorchDispatchMode):
         self.operations += 1
         if self.operations > MOST_OPERATIONS: raise WrongValue('it takes too many operations')
         if pieces_of(name, args) > MOST_PIECES: raise WrongValue(f'{name} makes too many tensors')
+        if name == 'aten::native_batch_norm' and args[3] is not None and args[5]:   # without a trace
+            raise WrongValue(f'{WRITES}; batch_norm with training=True')
         kwargs = dict(kwargs or {})
         if any(a.name == 'device' for a in func._schema.arguments): kwargs['device'] = torch.device('meta')
         found = func(*args, **kwargs)
@@ -462,17 +463,20 @@ def check_runs(
     if shape != (2, len(classes)):
         raise WrongValue(f"it answers {shape} for 2 images, but has {len(classes)} classes")
     if changes(module, images) != before:
-        raise WrongValue('it writes into its images or its own weights; a module only reads them')
+        raise WrongValue(f'{WRITES}; a module only reads them')
 
 def changes(module: nn.Module, images: Tensor) -> list[tuple]:
     "How often images and weights have been written to, and what shape they have."
     tensors = [images, *module.parameters(), *module.buffers()]
     return [(t._version, t.shape, t.requires_grad) for t in tensors]
 
+KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full'}
+
 def check_facts(
     description: Mapping[str, Any], # of a module
 ) -> None:
     "Raises `ValueError` for classes, shape and the like that are none."
+    for key in description.keys() - KEYS: raise WrongValue(f'no mwt writes {shortened(key)} there')
     classes, full = description['classes'], description.get('full')
     names = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
     if not names or len(set(classes)) < len(classes):
