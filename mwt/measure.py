@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from .core.accepted import check_answer, check_is_network, check_weights
+from .core.accepted import (check_answer, check_is_module, check_is_network,
+                               check_weights)
 from .core.checks import check_choice, check_range, is_out_of_memory, room_for
 from .core.display import Table, percent
 from .core.errors import MwtError, WrongValue
@@ -283,7 +284,7 @@ def profile(
     "Parameters, FLOPs and latency of a network, beside those of a full model."
     networks = [model]
     if against is not None:
-        check_is_network(against, 'against')
+        check_is_module(against, 'against')
         if hasattr(against, 'plain'): against = against.plain()
         networks.append(against)
     found = profiles(networks, batch_size, repeats)

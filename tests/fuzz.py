@@ -1,8 +1,7 @@
 "Calls with random arguments: what is given, what it may lead to, how it is compared."
 from __future__ import annotations
 import inspect, itertools, re, time, warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import date
@@ -16,35 +15,42 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from mwt import all as mwt
-from mwt.core.errors import MwtError, TrainingLost
-from mwt.core.checks import NotEnoughMemory
-from mwt.methods.base import make_method
 from torch.nn.utils import prune
+from mwt import all as mwt
+from mwt.core.checks import NotEnoughMemory, seeded
+from mwt.core.errors import MwtError, TrainingLost
+from mwt.methods.base import make_method
 
 NAMES = ['cat', 'dög ☃', 'owl']
 nan, inf = float('nan'), float('inf')
 
 # Expressions, so that a failure can be typed in as it is shown. What no parameter takes, or only few do:
 ODD = '''
-None | True | False | 'x' | '' | 'zwölf ☃' | '../no/such' | b'x' | '\\0' | 0 | -1 | 1 | 2 | 7 | 1.5 | 0. | -.5
-1e308 | 1e-320 | nan | inf | -inf | 1j | np.int64(2) | np.uint8(1) | np.float32(.5) | np.float64(nan)
+None | True | False | 'x' | '' | 'zwölf ☃' | '../no/such' | b'x' | '\\0' | 0 | -1 | 1 | 2 | 7
+1.5 | 0. | -.5 | 1e308 | 1e-320 | nan | inf | -inf | 1j | np.int64(2) | np.uint8(1)
+np.float32(.5) | np.float64(nan)
 np.bool_(True) | np.str_('cat') | np.array(2) | np.array([0, 1]) | np.array(['cat', 'owl']) | np.zeros(0)
 torch.tensor(2) | torch.tensor(.5) | torch.tensor(nan) | torch.tensor([0, 1]) | torch.zeros(0)
 torch.full((2, 1, 8, 8), nan) | torch.empty(2, 1, 8, 8, device='meta') | torch.zeros(2, 1, 8, 8).to_sparse()
 torch.zeros(3, dtype=torch.bool) | torch.zeros(2, dtype=torch.complex64) | torch.zeros(40000)
-Path('x') | Path('/dev/null/x') | [] | () | {} | set() | [1] | ['cat'] | ['cat', 'cat'] | ['cat', 'rat'] | [None]
-[[0]] | [nan] | [True] | ('cat', 0) | {'cat'} | {'a': 1} | range(2) | [7] | ['x'] * 5000 | 'x' * 5000
-iter([0]) | (i for i in [0, 1]) | iter([]) | len | (lambda *a: None) | object() | int | Fraction(1, 2) | Decimal(1)
-... | slice(2) | date(2026, 1, 1) | nn.Identity() | net() | data() | data().train | model() | module() | parts() | torch
+Path('x') | Path('/dev/null/x') | [] | () | {} | set() | [1] | ['cat'] | ['cat', 'cat'] | ['cat', 'rat']
+[None] | [[0]] | [nan] | [True] | ('cat', 0) | {'cat'} | {'a': 1} | range(2) | [7] | ['x'] * 5000 | 'x' * 5000
+iter([0]) | (i for i in [0, 1]) | iter([]) | len | (lambda *a: None) | object() | int
+Fraction(1, 2) | Decimal(1) | ... | slice(2) | date(2026, 1, 1) | nn.Identity() | net()
+data() | data().train | model() | module() | parts() | torch
 '''
+LARGE = '1 | 2 | 7 | 1.5 | np.uint8(1) | np.int64(2)'
 HUGE = '2**31 | 10**12 | 2**63 | 10**30 | -10**30 | 10**400'
 NETS = '''
 dense() | [net(), net()] | nn.Sequential | nn.DataParallel(net()) | torch.jit.script(net()) | net().to('meta')
-net_of_nan() | net().requires_grad_(False) | net().half() | net().double() | nn.Sequential() | nn.ModuleList([net()])
-nn.Sequential(nn.LazyConv2d(4, 3)) | Two() | Answers(None) | Answers(()) | Answers('x') | Raises() | nn.Conv3d(1, 2, 3)
-net(4) | net(channels=3) | twice() | hooked() | net().state_dict() | fx.symbolic_trace(net()) | nn.Conv2d(1, 3, 3)
-plain(model()) | module().double() | nn.Sequential(net(), nn.Flatten(0)) | pruned() | nn.Sequential(*[net()] * 2)
+net_of_nan() | net().requires_grad_(False) | net().half() | net().double()
+nn.Sequential() | nn.ModuleList([net()])
+nn.Sequential(nn.LazyConv2d(4, 3)) | Two() | Answers(None) | Answers(()) | Answers('x')
+Raises() | nn.Conv3d(1, 2, 3)
+net(4) | net(channels=3) | twice() | hooked() | net().state_dict()
+fx.symbolic_trace(net()) | nn.Conv2d(1, 3, 3)
+plain(model()) | module().double() | nn.Sequential(net(), nn.Flatten(0))
+pruned() | nn.Sequential(*[net()] * 2)
 model('moda') | nn.Module() | nn.Sequential(net(), nn.Softmax(1)) | module().train()
 '''
 
@@ -57,15 +63,11 @@ def expressions(text: str) -> list[str]:
 
 def net(classes: int = 3, channels: int = 1) -> nn.Module:
     "Two convolutions with norms and a head."
-    with mwt_seed():
+    with seeded(0):
         return nn.Sequential(
             nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
             nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes))
-
-def mwt_seed() -> Any:
-    from mwt.core.checks import seeded
-    return seeded(0)
 
 def dense() -> nn.Module: return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
@@ -176,7 +178,8 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, mwt.Table): return re.sub(' at 0x[0-9a-f]+', '', str(value))
     if isinstance(value, (mwt.Batches, mwt.Run)):
         return [(k, snapshot(v)) for k, v in vars(value).items() if k != '_data']
-    plain = str, bytes, int, float, complex, np.generic, Path, set, type(None), Fraction, Decimal, torch.device
+    plain = (str, bytes, int, float, complex, np.generic, Path, set, type(None), Fraction, Decimal,
+             torch.device)
     return repr(value) if isinstance(value, plain) else type(value).__name__
 
 def _tensor(t: Tensor) -> Any:
@@ -203,18 +206,18 @@ class Call:
     odd: dict[str, list[str]]                   # further bad ones
     needed: list[str]                           # parameters that are always given
     fixed: list[str]                            # parameters that are never odd
-    small: list[str]                            # parameters that are never huge: such a call takes forever
+    small: list[str]                            # parameters that are never large: such a call takes forever
     changes: list[str]                          # parameters that a success may change
     words: str                                  # that an error may use in place of a parameter's name
-    loose: bool                                 # may good arguments be refused, since they do not fit each other?
+    loose: bool                                 # may good arguments not fit each other?
     twice: bool                                 # is the result the same each time?
     examples: int                               # to try
 
 CALLS: dict[str, Call] = {}
 
-def call(name: str, /, needed: str = '', fixed: str = 'self', small: str = '', changes: str = '', words: str = '',
-         loose: bool = False, twice: bool = True, examples: int = 25, odd: Mapping[str, str] = {},
-         **good: str) -> Callable:
+def call(name: str, /, needed: str = '', fixed: str = 'self', small: str = '', changes: str = '',
+         words: str = '', loose: bool = False, twice: bool = True, examples: int = 25,
+         odd: Mapping[str, str] = {}, **good: str) -> Callable:
     "Registers what stands below as the check of a call."
     def register(check: Callable[..., None]) -> Callable[..., None]:
         taken = {p: expressions(text) for p, text in good.items()}
@@ -223,6 +226,12 @@ def call(name: str, /, needed: str = '', fixed: str = 'self', small: str = '', c
                            loose, twice, examples)
         return check
     return register
+
+def bad_values(call: Call, p: str, kind: int) -> list[str]:
+    "The bad values of a parameter (0), what no parameter takes (1), huge numbers (2)."
+    if p.startswith('_spread') or kind == 0 and p in call.odd: return call.odd[p]
+    if p in call.small: return [e for e in ODD_VALUES if e not in LARGE_VALUES]
+    return HUGE_VALUES if kind == 2 else ODD_VALUES
 
 def draw(call: Call, choose: Callable[[Sequence], Any]) -> tuple[dict[str, str], list[str]]:
     "Arguments as expressions, and which of them may be bad."
@@ -233,13 +242,11 @@ def draw(call: Call, choose: Callable[[Sequence], Any]) -> tuple[dict[str, str],
     found = {}
     for p, good in call.good.items():
         if p in odd:
-            pool = choose([ODD_VALUES, call.odd.get(p, ODD_VALUES)])
-            if pool is ODD_VALUES and p not in call.small: pool = choose([ODD_VALUES] * 4 + [HUGE_VALUES])
-            found[p] = choose(pool)
+            found[p] = choose(bad_values(call, p, choose([0, 0, 0, 1, 1, 2])))
         elif p in call.needed or choose([True, False]): found[p] = choose(good)
     return found, odd
 
-ODD_VALUES, HUGE_VALUES = expressions(ODD), expressions(HUGE)
+ODD_VALUES, LARGE_VALUES, HUGE_VALUES = map(expressions, (ODD, LARGE, HUGE))
 
 
 class Defect(AssertionError):
@@ -258,6 +265,7 @@ def run(function: Callable, values: Mapping[str, Any]) -> Any:
 
 def binds(function: Callable, values: Mapping[str, Any]) -> bool:
     "Can the call be made at all?"
+    values = {p: v for p, v in values.items() if not p.startswith('_spread')}
     try: inspect.signature(function).bind(**values)
     except TypeError: return False
     return True
@@ -328,4 +336,4 @@ def pieces_of(value: Any) -> list[str]:
     if isinstance(value, bytes): found.append(value.decode())
     return [f for f in found if f]
 
-SCOPE = dict(globals()) | dict(replace=replace, make_method=make_method) | {name: getattr(mwt, name) for name in dir(mwt) if not name.startswith('_')}
+SCOPE = dict(globals()) | {name: getattr(mwt, name) for name in mwt.__all__}

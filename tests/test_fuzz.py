@@ -1,6 +1,7 @@
 """Random valid and invalid arguments: each call gives a right result or one of our errors.
 
-A call below names its good arguments; `fuzz.py` mixes them with bad ones. What stands under it checks the result."""
+A call below names its good arguments; `fuzz.py` mixes them with bad ones. What stands under it checks
+the result."""
 from __future__ import annotations
 import json, math, shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import pytest
 import torch
 from fuzz import CALLS, NAMES, NETS, Call, call, data, draw, model, module, net, snapshot, split, try_out
 from helpers import pictures, same_state
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from mwt import all as mwt
 from mwt.core.signature import weights_of
 from mwt.methods.base import METHODS, describe_method, make_method
@@ -48,7 +49,8 @@ def _(found: str, fraction: Any, digits: int = 1) -> None:
         assert value == wanted or abs(value - wanted) <= .51 * 10. ** -digits + 1e-9 * abs(wanted)
 
 @call('Table', needed='rows', rows="[] | [{'a': 1}] | [{'a': 1, 'b|c': 2}, {'a': '\\n', 'b|c': None}] | [{}]",
-      title="'' | 'A title' | 'zwölf ☃'", odd=dict(rows="[1] | [{'a': 1}, 2] | {'a': 1} | [{'a': 1}, {'b': 2}]"))
+      title="'' | 'A title' | 'zwölf ☃'",
+      odd=dict(rows="[1] | [{'a': 1}, 2] | {'a': 1} | [{'a': 1}, {'b': 2}]"))
 def _(found: Any, rows: Sequence[dict], title: Any = '') -> None:
     assert len(found) == len(rows)
     for text in (str(found), repr(found), found.html(), found._repr_markdown_()):
@@ -76,28 +78,41 @@ def whole(found: Any, n: int, batch_size: int, valid: float) -> None:
         images, labels = next(iter(b))
         assert images.isfinite().all() and len(images) == len(labels) <= max(batch_size, 1)
 
-SPLITS = "split() | (split()[0], split()[1].tolist()) | (split()[0], split()[1].to(torch.uint8)) | split()[::1]"
-BAD_SPLITS = ("split('train', 2) | split()[:1] | (split()[0],) * 3 | (split()[0].float(), split()[1]) | (split()[0], None)"
-              " | (split()[0], split()[1].float()) | (split()[0][:0], split()[1][:0]) | (split()[0], split()[1][1:])"
-              " | (split()[0][..., :0], split()[1]) | (split()[0].to('meta'), split()[1]) | (split()[0], split()[1] - 1)"
-              " | (split()[0][:, 0], split()[1]) | (split()[0], split()[1].to('meta')) | (split()[1], split()[0])"
-              " | (split()[0].numpy(), split()[1].numpy()) | (split()[0], split()[1].numpy()) | 'xy' | {1: 2, 3: 4}"
-              " | (split()[0], ['cat'] * 30) | (split()[0], [[0]] * 30) | (split()[0], [2**70] * 30)"
-              " | (split()[0].to_sparse(), split()[1]) | (split()[0], split()[1] + 10**12)"
-              " | (split()[0][:3], split()[1][:3]) | (split()[0], torch.zeros(30, dtype=torch.long))")
+SPLITS = ('split() | (split()[0], split()[1].tolist()) | (split()[0], split()[1].to(torch.uint8))'
+          ' | split()[::1]')
+BAD_SPLITS = ("split('train', 2) | split()[:1] | (split()[0],) * 3 | (split()[0].float(), split()[1])"
+              ' | (split()[0], None) | (split()[0], split()[1].float()) | (split()[0][:0], split()[1][:0])'
+              ' | (split()[0], split()[1][1:]) | (split()[0][..., :0], split()[1])'
+              " | (split()[0].to('meta'), split()[1]) | (split()[0], split()[1] - 1)"
+              " | (split()[0][:, 0], split()[1]) | (split()[0], split()[1].to('meta'))"
+              ' | (split()[1], split()[0]) | (split()[0].numpy(), split()[1].numpy())'
+              " | (split()[0], split()[1].numpy()) | 'xy' | {1: 2, 3: 4} | (split()[0], ['cat'] * 30)"
+              ' | (split()[0], [[0]] * 30) | (split()[0], [2**70] * 30)'
+              ' | (split()[0].to_sparse(), split()[1])'
+              ' | (split()[0], split()[1] + 10**12) | (split()[0][:3], split()[1][:3])'
+              ' | (split()[0], torch.zeros(30, dtype=torch.long))')
 DEVICES = "'cpu' | None | torch.device('cpu')"
-BAD_DEVICES = "'meta' | 'cuda:99' | 'mps' | 'gpu' | 3 | -1 | torch.device('meta') | 'cpu:1' | 'xpu' | 'cuda:x' | ''"
+BAD_DEVICES = ("'meta' | 'cuda:99' | 'mps' | 'gpu' | 3 | -1 | torch.device('meta') | 'cpu:1' | 'xpu'"
+               " | 'cuda:x' | ''")
 CLASSES = "None | ['cat', 'dog', 'owl'] | ('ä', '☃', '') | np.array(['cat', 'dog', 'owl'])"
-BAD_CLASSES = "'abc' | [1, 2, 3] | ['a', 'a', 'b'] | ['a', 'b'] | [None] * 3 | 'ab' | {'a': 0, 'b': 1, 'c': 2} | 3"
+BAD_CLASSES = ("'abc' | [1, 2, 3] | ['a', 'a', 'b'] | ['a', 'b'] | [None] * 3 | 'ab'"
+               " | {'a': 0, 'b': 1, 'c': 2} | 3")
 
-@call('from_tensors', needed='train test device', words='labels|images|class|pad', train=SPLITS, examples=80,
+@call('from_tensors', examples=60, needed='train test device', words='labels|images|class|pad', train=SPLITS,
       test="split('test') | (split('test')[0], split('test')[1].tolist())",
-      valid=".2 | .5 | np.float32(.3) | split('test')", classes=CLASSES, batch_size='8 | 1 | np.int64(5) | 10**6',
-      seed='0 | 2**32 - 1 | np.int64(3)', augment="'auto' | None | Augment(1)", device="'cpu'",
-      show_progress='False', fingerprint="None | 'mine'",
-      odd=dict(train=BAD_SPLITS, test=BAD_SPLITS, valid=BAD_SPLITS + ' | 1. | 1e-9 | .999', classes=BAD_CLASSES,
-               device=BAD_DEVICES, augment='Augment(8) | Augment(100) | Augment'))
-def _(found: Any, train: Any, test: Any, valid: Any = .1, classes: Any = None, batch_size: int = 128, **rest: Any) -> None:
+      valid=".2 | .5 | np.float32(.3) | split('test')", classes=CLASSES,
+      batch_size='8 | 1 | np.int64(5) | 10**6', seed='0 | 2**32 - 1 | np.int64(3)',
+      augment="'auto' | None | Augment(1)", device="'cpu'", show_progress='False',
+      fingerprint="None | 'mine'",
+      odd=dict(
+          train=BAD_SPLITS,
+          test=BAD_SPLITS,
+          valid=BAD_SPLITS + ' | 1. | 1e-9 | .999',
+          classes=BAD_CLASSES,
+          device=BAD_DEVICES,
+          augment='Augment(8) | Augment(100) | Augment'))
+def _(found: Any, train: Any, test: Any, valid: Any = .1, classes: Any = None, batch_size: int = 128,
+      **rest: Any) -> None:
     names = ['0', '1', '2'] if classes is None else list(classes)
     assert found.classes == names and all(isinstance(c, str) for c in found.classes)
     held_out = isinstance(valid, tuple)
@@ -105,16 +120,20 @@ def _(found: Any, train: Any, test: Any, valid: Any = .1, classes: Any = None, b
     assert found.test.n == len(test[0]) and found.train.n + (0 if held_out else found.valid.n) == 30
     assert (found.train.augment is None) == (rest.get('augment', 'auto') is None)
 
-@call('Batches', needed='images labels classes', words='pad', images='split()[0]', labels='split()[1] | split()[1].tolist()',
-      classes="NAMES | ('a', 'b', 'c')", batch_size='8 | 1 | 100', mean='None | torch.tensor([.5])', examples=60,
-      std='None | torch.tensor([.1])', shuffle='False | True', augment='None | Augment(2, cutout=2)', seed='0 | 5',
-      odd=dict(images="split()[0].float() | split()[0][:0] | split()[0][..., :0] | split()[0].to('meta') | split()[0][0]",
-               labels="split()[1][1:] | split()[1].float() | split()[1].to('meta') | split()[1] + 1", classes=BAD_CLASSES,
-               mean='torch.zeros(2) | torch.tensor([nan]) | [.5] | .5 | torch.tensor(.5)',
-               std='torch.zeros(1) | torch.tensor([-1.]) | torch.tensor([nan]) | torch.ones(3) | [.1]',
-               augment="'auto' | Augment(8) | Augment(100)"))
-def _(found: Any, images: Tensor, labels: Any, classes: Sequence[str], batch_size: int = 128, shuffle: bool = False,
-      **rest: Any) -> None:
+@call('Batches', examples=60, needed='images labels classes', words='pad', images='split()[0]',
+      labels='split()[1] | split()[1].tolist()', classes="NAMES | ('a', 'b', 'c')", batch_size='8 | 1 | 100',
+      mean='None | torch.tensor([.5])', std='None | torch.tensor([.1])', shuffle='False | True',
+      augment='None | Augment(2, cutout=2)', seed='0 | 5',
+      odd=dict(
+          images=("split()[0].float() | split()[0][:0] | split()[0][..., :0] | split()[0].to('meta')"
+                  ' | split()[0][0]'),
+          labels="split()[1][1:] | split()[1].float() | split()[1].to('meta') | split()[1] + 1",
+          classes=BAD_CLASSES,
+          mean='torch.zeros(2) | torch.tensor([nan]) | [.5] | .5 | torch.tensor(.5)',
+          std='torch.zeros(1) | torch.tensor([-1.]) | torch.tensor([nan]) | torch.ones(3) | [.1]',
+          augment="'auto' | Augment(8) | Augment(100)"))
+def _(found: Any, images: Tensor, labels: Any, classes: Sequence[str], batch_size: int = 128,
+      shuffle: bool = False, **rest: Any) -> None:
     batches = list(found)
     assert len(batches) == len(found) and found.n == 30 and found.shape == (1, 8, 8)
     assert all(x.isfinite().all() and len(x) == len(y) for x, y in batches)
@@ -128,7 +147,8 @@ def _(found: Any, self: Any, seed: int, epoch: int = 0) -> None:
     again = list(found)
     for (x, y), (u, v) in zip(again, found.seed(seed, epoch)): assert torch.equal(x, u) and torch.equal(y, v)
 
-@call('Batches.shard', needed='rank world', loose=True, self=BATCHES, rank='0 | 1', world='1 | 2 | np.int64(4)')
+@call('Batches.shard', needed='rank world', loose=True, self=BATCHES, rank='0 | 1',
+      world='1 | 2 | np.int64(4)')
 def _(found: Any, self: Any, rank: int, world: int) -> None:
     if world > 64: return
     shares = [self.shard(r, world) for r in range(world)]
@@ -152,14 +172,17 @@ def _(found: Any, self: Any, n: int) -> None:
 def _(found: Any, self: Any, device: Any) -> None:
     for (x, y), (u, v) in zip(found, self._replace()): assert torch.equal(x, u) and torch.equal(y, v)
 
-@call('Batches.normalised_by', needed='mean std', self='data().train', mean='[.5] | [0.] | (.2,)', std='[1.] | [.1]',
+@call('Batches.normalised_by', needed='mean std', self='data().train', mean='[.5] | [0.] | (.2,)',
+      std='[1.] | [.1]',
       odd=dict(mean='[.1, .2] | [nan] | .5 | torch.tensor([.5])', std='[0.] | [-1.] | [inf] | [1.] * 3'))
 def _(found: Any, self: Any, mean: Any, std: Any) -> None:
     (x, _), (pixels, _) = next(iter(found)), next(iter(self.pixels()))
     assert close(x * float(std[0]) + float(mean[0]), pixels)
 
-CHOSEN = "'cat' | 0 | ['owl', 'cat'] | [2, 'cat'] | NAMES | ('dög ☃',) | np.int64(1) | [np.int64(2)] | range(2) | np.array([1, 0])"
-BAD_CHOSEN = "[3] | [-1] | ['cat', 0] | ['Cat'] | [1.] | [True] | [0, 0] | np.array([.5]) | 3 | -1 | {'cat': 1} | [[]]"
+CHOSEN = ("'cat' | 0 | ['owl', 'cat'] | [2, 'cat'] | NAMES | ('dög ☃',) | np.int64(1) | [np.int64(2)]"
+          ' | range(2) | np.array([1, 0])')
+BAD_CHOSEN = ("[3] | [-1] | ['cat', 0] | ['Cat'] | [1.] | [True] | [0, 0] | np.array([.5]) | 3 | -1"
+              " | {'cat': 1} | [[]]")
 
 def positions(classes: Any) -> list[int]:
     "The labels of chosen classes."
@@ -171,9 +194,11 @@ def positions(classes: Any) -> list[int]:
 def _(found: Any, self: Any, classes: Any) -> None:
     chosen = positions(classes)
     assert found.classes == [NAMES[i] for i in chosen]
-    assert found.labels.bincount(minlength=len(chosen)).tolist() == [int((self.labels == i).sum()) for i in chosen]
+    counts = [int((self.labels == i).sum()) for i in chosen]
+    assert found.labels.bincount(minlength=len(chosen)).tolist() == counts
 
-@call('ImageData.subset', needed='classes', self='data()', classes=CHOSEN, odd=dict(classes=BAD_CHOSEN), words='class')
+@call('ImageData.subset', needed='classes', self='data()', classes=CHOSEN, odd=dict(classes=BAD_CHOSEN),
+      words='class')
 def _(found: Any, self: Any, classes: Any) -> None:
     assert found.classes == [NAMES[i] for i in positions(classes)]
     assert all(b.classes == found.classes and b.n for b in found.splits().values())
@@ -188,12 +213,13 @@ def _(found: Any, self: Any, n: int, seed: int = 0) -> None:
 
 AX = dict(ax="'x' | 1 | axes_pair()")
 
-@call('Batches.show', self=BATCHES, n='1 | 5 | 100 | np.int64(3)', columns='1 | 3 | 100', ax='None | figure_axes()',
-      changes='ax', odd=AX)
+@call('Batches.show', self=BATCHES, n='1 | 5 | 100 | np.int64(3)', columns='1 | 3 | 100',
+      ax='None | figure_axes()', changes='ax', odd=AX)
 def _(found: Any, self: Any, n: int = 20, columns: int = 10, ax: Any = None) -> None:
     assert len(found.texts) == min(n, self.n) and (ax is None or found is ax)
 
-@call('ImageData.show', self='data()', n='1 | 5 | 100', columns='1 | 3', ax='None | figure_axes()', changes='ax', odd=AX)
+@call('ImageData.show', self='data()', n='1 | 5 | 100', columns='1 | 3', ax='None | figure_axes()',
+      changes='ax', odd=AX)
 def _(found: Any, self: Any, n: int = 20, columns: int = 10, ax: Any = None) -> None:
     assert len(found.texts) == min(n, self.train.n)
     assert [t.get_text() for t in found.texts][:3] == self.classes[:n]
@@ -207,20 +233,31 @@ def _(found: Any, self: Any, device: Any) -> None: assert found.fingerprint == s
 @call('ImageData.shard', needed='rank world', self='data()', rank='0 | 1', world='1 | 2', loose=True)
 def _(found: Any, self: Any, rank: int, world: int) -> None: assert found.train._shard == (rank, world)
 
-@call('ImageData', needed='train valid test', words='classes|split', train='data().train', valid='data().valid',
-      test='data().test', fingerprint="None | 'x'", odd=dict(
-          valid="data(3).valid | data(classes=['a', 'b', 'c']).valid", test="data(3).test | loader()", train='loader()'))
+@call('ImageData', needed='train valid test', words='classes|split', train='data().train',
+      valid='data().valid', test='data().test', fingerprint="None | 'x'",
+      odd=dict(
+          valid="data(3).valid | data(classes=['a', 'b', 'c']).valid",
+          test='data(3).test | loader()',
+          train='loader()'))
 def _(found: Any, train: Any, valid: Any, test: Any, fingerprint: Any = None) -> None:
     assert found.n_classes == 3 and found.shape == (1, 8, 8) and repr(found)
 
-@call('image_data', needed='source root device', words='data set|folder|data must|pad', root='TMP', fixed='root', examples=60,
-      source="'digits' | FOLDER | str(FOLDER)", batch_size='32 | np.int64(8)', seed='0 | 1', valid='.2 | .3',
-      size='None | 4 | np.int64(6)', augment="'auto' | None | Augment(1)", device="'cpu'", show_progress='False',
-      streaming='None | False', workers='0 | None | np.int64(0)', white='None', skip_broken='False | True',
-      loose=True, odd=dict(source="'digit' | Path('digits') | FOLDER/'cat' | TMP/'no' | FOLDER/'cat'/'0.png' | '~'",
-                           white='255. | 0 | 65535 | 1e308', streaming='True', workers='1', device=BAD_DEVICES,
-                           size='3 | 10**6', valid='.999 | 1e-9 | 1', augment='Augment(3) | Augment(100)'))
-def _(found: Any, source: Any, valid: float = .1, size: Any = None, batch_size: int = 128, **rest: Any) -> None:
+@call('image_data', examples=30, needed='source root device', words='data set|folder|data must|pad',
+      root='TMP', fixed='root', source="'digits' | FOLDER | str(FOLDER)", batch_size='32 | np.int64(8)',
+      seed='0 | 1', valid='.2 | .3', size='None | 4 | np.int64(6)', augment="'auto' | None | Augment(1)",
+      device="'cpu'", show_progress='False', streaming='None | False', workers='0 | None | np.int64(0)',
+      white='None', skip_broken='False | True', loose=True,
+      odd=dict(
+          source="'digit' | Path('digits') | FOLDER/'cat' | TMP/'no' | FOLDER/'cat'/'0.png' | '~'",
+          white='255. | 0 | 65535 | 1e308',
+          streaming='True',
+          workers='1',
+          device=BAD_DEVICES,
+          size='3 | 10**6',
+          valid='.999 | 1e-9 | 1',
+          augment='Augment(3) | Augment(100)'))
+def _(found: Any, source: Any, valid: float = .1, size: Any = None, batch_size: int = 128,
+      **rest: Any) -> None:
     digits = source == 'digits'
     assert found.size == ((size, size) if size else (8, 8)) and found.n_classes == (10 if digits else 3)
     if not digits: whole(found, 24, batch_size, valid)
@@ -228,25 +265,33 @@ def _(found: Any, source: Any, valid: float = .1, size: Any = None, batch_size: 
 
 # Networks and methods
 
-@call('create_model', needed='name width seed', words='option|channels', small='width', examples=40,
+@call('create_model', examples=40, needed='name width seed', words='option|channels', small='width',
       name=' | '.join(map(repr, NETWORKS)), num_classes='2 | 3 | np.int64(5)', width='.1 | np.float32(.05)',
       in_channels='1 | 3 | np.int64(2)', seed='0 | np.int64(7)',
       odd=dict(name="'simcn' | 'torchvision/alexne' | 'torchvision/' | NAMES | 'SIMCNN'", width='1e-9 | 8.1'))
-def _(found: nn.Module, name: str, width: float, num_classes: int = 10, in_channels: int = 3, **rest: Any) -> None:
+def _(found: nn.Module, name: str, width: float, num_classes: int = 10, in_channels: int = 3,
+      **rest: Any) -> None:
     logits = answer(found, torch.randn(2, in_channels, 32, 32))
     assert logits.shape == (2, num_classes) and logits.isfinite().all()
 
-METHOD_NAMES = "'composable' | 'mwt' | 'moda' | Composable(target_krr=.3) | MwT(alpha=0) | MODA() | Composable"
+METHOD_NAMES = ("'composable' | 'mwt' | 'moda' | Composable(target_krr=.3) | MwT(alpha=0) | MODA()"
+                ' | Composable')
 BAD_METHODS = "'compose' | Method | Method() | nn.Module | 'MWT' | ['mwt']"
 
-@call('modularize', needed='model n_classes', words='already|network|layer|mask|setting|forward pass|weights', examples=120,
+@call('modularize', examples=40, needed='model n_classes',
+      words='already|network|layer|mask|setting|forward pass|weights',
       model='net() | net().eval() | net().double()', n_classes='3 | np.int64(3)', method=METHOD_NAMES,
       example_input='None | torch.zeros(1, 1, 8, 8) | torch.zeros(4, 1, 9, 7)',
-      filter_fn="None | (lambda layer, name: True) | (lambda layer, name: name != '3')", seed='0 | np.int64(4)', loose=True,
-      odd=dict(model=NETS, n_classes='2 | 4 | 0 | -1 | 10**6', method=BAD_METHODS,
-               example_input="torch.zeros(0, 1, 8, 8) | torch.zeros(1, 2, 8, 8) | torch.zeros(1, 1, 1, 1) | torch.zeros(8, 8)"
-                             " | torch.full((1, 1, 8, 8), nan) | torch.zeros(1, 1, 8, 8).byte() | torch.zeros(1, 1, 0, 0)",
-               filter_fn="(lambda layer, name: False) | (lambda layer: True)"))
+      filter_fn="None | (lambda layer, name: True) | (lambda layer, name: name != '3')",
+      seed='0 | np.int64(4)', loose=True,
+      odd=dict(
+          model=NETS,
+          n_classes='2 | 4 | 0 | -1 | 10**6',
+          method=BAD_METHODS,
+          example_input=('torch.zeros(0, 1, 8, 8) | torch.zeros(1, 2, 8, 8) | torch.zeros(1, 1, 1, 1)'
+                         ' | torch.zeros(8, 8) | torch.full((1, 1, 8, 8), nan)'
+                         ' | torch.zeros(1, 1, 8, 8).byte() | torch.zeros(1, 1, 0, 0)'),
+          filter_fn='(lambda layer, name: False) | (lambda layer: True)'))
 def _(found: ModularModel, model: nn.Module, n_classes: int, method: Any = 'composable', **rest: Any) -> None:
     assert found.n_classes == 3 and found.kernels and all(k > 0 for k in found.kernels.values())
     assert close(answer(mwt.plain(found)), answer(model))
@@ -261,7 +306,8 @@ def constructor(name: str, /, **good: str) -> None:
         assert make_method(**json.loads(json.dumps(describe_method(found)))) == found
 
 FLAG = 'True | False'
-constructor('MwT', alpha='0 | .5 | np.float32(1.5)', beta='0 | 2', reduction='1 | np.int64(2)', skip_first=FLAG)
+constructor('MwT', alpha='0 | .5 | np.float32(1.5)', beta='0 | 2', reduction='1 | np.int64(2)',
+            skip_first=FLAG)
 constructor('MODA', affinity='0 | 1.', dispersion='0 | .5', compactness='0 | .3', floor='0 | .005 | 1')
 constructor('Composable', target_krr='.1 | 1', separation='0 | 2', full_fraction='0 | 1', close_from='0 | .1',
             closed_by='.5 | 1', decay='0 | .995', two_roles=FLAG, skip_first=FLAG)
@@ -271,11 +317,12 @@ constructor('Composable', target_krr='.1 | 1', separation='0 | 2', full_fraction
 def _(found: Any, method: Any = 'composable', **rest: Any) -> None:
     assert make_method(**describe_method(found)) == found and found.name in METHODS
 
-@call('mask_table', needed='model', model="model() | model('mwt') | model('moda')", words='network|modularized',
-      odd=dict(model=NETS))
+@call('mask_table', needed='model', model="model() | model('mwt') | model('moda')",
+      words='network|modularized', odd=dict(model=NETS))
 def _(found: Any, model: Any) -> None: assert [r['layer'] for r in found.rows] == ['0', '3', '8']
 
-@call('plain', needed='model', words='network', model='model() | net() | module() | model("mwt")', odd=dict(model=NETS))
+@call('plain', needed='model', words='network', model='model() | net() | module() | model("mwt")',
+      odd=dict(model=NETS))
 def _(found: nn.Module, model: nn.Module) -> None:
     assert not isinstance(found, ModularModel)
     assert not {id(t) for t in found.parameters()} & {id(t) for t in model.parameters()}
@@ -286,13 +333,21 @@ def _(found: nn.Module, model: nn.Module) -> None:
 TRAINABLE = "net() | model() | model('mwt') | modularize(net(), 3, 'moda') | net().eval()"
 DATA = "data() | data(batch_size=30) | data(shuffle=1) | (loader(), loader('test'))"
 DATA = DATA.replace(' | data(shuffle=1)', '')
-BAD_DATA = ("data(3) | data().train | loader() | (loader(), 1) | (loader(), loader(), loader(), loader()) | {'train': loader()}"
-            " | data().subset(['cat', 'owl']) | data(classes=['a', 'b', 'c']) | [[X, X]] | (data().train, data().valid)"
-            " | {'train': loader(), 'valid': loader(), 'tests': 1} | (iter(loader()), loader()) | ([], []) | ([(1, 2)],) * 2"
-            " | ([(torch.zeros(2, 1, 8, 8), torch.zeros(2))],) * 2 | (loader().dataset, loader()) | data(batch_size=1)"
-            " | ([(torch.full((2, 1, 8, 8), nan), torch.tensor([0, 1]))],) * 2 | 'digits'")
-CONFIG = dict(lr='.01 | .1 | np.float32(.05)', momentum='0 | .9', weight_decay='0 | 1e-4', warmup='0 | .5 | 1',
-              amp='None | False | True', accumulate='1 | 2 | np.int64(2)')
+BAD_DATA = ('data(3) | data().train | loader() | (loader(), 1) | (loader(), loader(), loader(), loader())'
+            " | {'train': loader()} | data().subset(['cat', 'owl']) | data(classes=['a', 'b', 'c'])"
+            ' | [[X, X]]'
+            " | (data().train, data().valid) | {'train': loader(), 'valid': loader(), 'tests': 1}"
+            ' | (iter(loader()), loader()) | ([], []) | ([(1, 2)],) * 2'
+            ' | ([(torch.zeros(2, 1, 8, 8), torch.zeros(2))],) * 2 | (loader().dataset, loader())'
+            " | data(batch_size=1) | 'digits'"
+            ' | ([(torch.full((2, 1, 8, 8), nan), torch.tensor([0, 1]))],) * 2')
+CONFIG = dict(
+      lr='.01 | .1 | np.float32(.05)',
+      momentum='0 | .9',
+      weight_decay='0 | 1e-4',
+      warmup='0 | .5 | 1',
+      amp='None | False | True',
+      accumulate='1 | 2 | np.int64(2)')
 BAD_CONFIG = dict(lr='1e30 | 1e9', weight_decay='1e30', accumulate='5 | 100')
 
 @call('TrainConfig', **CONFIG)
@@ -307,15 +362,23 @@ def trained(history: Any, model: nn.Module, epochs: int) -> None:
         assert all(math.isfinite(v) for v in row.values()) and is_fraction(row['valid_accuracy'])
     assert all(t.isfinite().all() for t in weights_of(model).values())
 
-@call('fit', needed='model data epochs show_progress', small='epochs', changes='model data checkpoint resume', examples=100,
-      loose=True, model=TRAINABLE, data=DATA, epochs='1 | 2 | np.int64(1)', seed='0 | np.int64(3)',
-      config='None | TrainConfig(lr=.02)', device="None | 'cpu'", checkpoint="None | TMP/'a.safetensors' | str(TMP/'ü b')",
+@call('fit', examples=40, needed='model data epochs show_progress', small='epochs',
+      changes='model data checkpoint resume', loose=True, model=TRAINABLE, data=DATA,
+      epochs='1 | 2 | np.int64(1)', seed='0 | np.int64(3)', config='None | TrainConfig(lr=.02)',
+      device="None | 'cpu'", checkpoint="None | TMP/'a.safetensors' | str(TMP/'ü b')",
       resume="None | TMP/'run.safetensors'", compile="'auto' | False", show_progress='False', **CONFIG,
       words='network|images|loader|batch|split|option|model|loss|weights|data|could not write',
-      odd=dict(model=NETS, data=BAD_DATA, config="TrainConfig | {'lr': .1} | TrainConfig()", device=BAD_DEVICES, compile="'never' | 2",
-               checkpoint="TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)", resume="stopped() | TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)",
-               **BAD_CONFIG))
-def _(found: Any, model: nn.Module, data: Any, epochs: int, checkpoint: Any = None, resume: Any = None, **rest: Any) -> None:
+      odd=dict(
+          model=NETS,
+          data=BAD_DATA,
+          config="TrainConfig | {'lr': .1} | TrainConfig()",
+          device=BAD_DEVICES,
+          compile="'never' | 2",
+          checkpoint="TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)",
+          resume="stopped() | TMP | '' | Path('/proc/x/y') | TMP/('n' * 300)",
+          **BAD_CONFIG))
+def _(found: Any, model: nn.Module, data: Any, epochs: int, checkpoint: Any = None, resume: Any = None,
+      **rest: Any) -> None:
     trained(found, model, epochs)
     if checkpoint is not None:
         about = mwt.load_checkpoint(mwt.plain(model) if not hasattr(model, 'masks') else model, checkpoint)
@@ -323,29 +386,40 @@ def _(found: Any, model: nn.Module, data: Any, epochs: int, checkpoint: Any = No
         Path(checkpoint).unlink()
     assert resume is None or not Path(resume).exists()
 
-HISTORY = "History([{'epoch': 1, 'loss': 2., 'valid_accuracy': .5}, {'epoch': 2, 'loss': nan, 'valid_accuracy': 1.}], 2)"
+HISTORY = ("History([{'epoch': 1, 'loss': 2., 'valid_accuracy': .5},"
+           " {'epoch': 2, 'loss': nan, 'valid_accuracy': 1.}], 2)")
 
-@call('History.series', needed='name', words='column', self=HISTORY, name="'epoch' | 'valid_accuracy'", odd=dict(name="'los' | 'valid accuracy'"))
+@call('History.series', needed='name', words='column', self=HISTORY, name="'epoch' | 'valid_accuracy'",
+      odd=dict(name="'los' | 'valid accuracy'"))
 def _(found: list[float], self: Any, name: str) -> None: assert len(found) == 2
 
 @call('History.table', self=HISTORY + ' | History()')
 def _(found: Any, self: Any) -> None: assert len(found) == len(self.rows)
 
-@call('History.plot', words='history', loose=True, self=HISTORY + ' | History()', axes='None | axes_pair()', changes='axes', odd=dict(axes='figure_axes()'))
-def _(found: Any, self: Any, axes: Any = None) -> None: assert len(found) == 2 and (axes is None or found == axes)
+@call('History.plot', words='history', loose=True, self=HISTORY + ' | History()', axes='None | axes_pair()',
+      changes='axes', odd=dict(axes='figure_axes()'))
+def _(found: Any, self: Any, axes: Any = None) -> None:
+    assert len(found) == 2 and (axes is None or found == axes)
 
 JUDGED = "data().test | data().train | loader('test') | data().test.subset(NAMES[::-1])"
-BAD_JUDGED = ("data(3).test | data() | data().test.subset('cat') | data(classes=['a', 'b', 'c']).test | [1] | [(1, 2)]"
-              " | (loader(), loader()) | iter(loader()) | loader().dataset | [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]"
-              " | [(torch.zeros(2, 1, 8, 8).byte(), torch.tensor([0, 1]))] | [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]"
-              " | [(torch.full((2, 1, 8, 8), nan), torch.tensor([0, 1]))] | [(torch.zeros(2, 1, 8, 8), torch.tensor([0, 9]))]"
-              " | [(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])), (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]"
-              " | [(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))] | data().test._replace(batch_size=1)")
+BAD_JUDGED = ("data(3).test | data() | data().test.subset('cat') | data(classes=['a', 'b', 'c']).test | [1]"
+              ' | [(1, 2)] | (loader(), loader()) | iter(loader()) | loader().dataset'
+              ' | [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]'
+              ' | [(torch.zeros(2, 1, 8, 8).byte(), torch.tensor([0, 1]))]'
+              ' | [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]'
+              ' | [(torch.full((2, 1, 8, 8), nan), torch.tensor([0, 1]))]'
+              ' | [(torch.zeros(2, 1, 8, 8), torch.tensor([0, 9]))]'
+              ' | [(torch.zeros(2, n, 8, 8), torch.tensor([0, 1])) for n in (1, 3)]'
+              ' | [(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))]'
+              ' | data().test._replace(batch_size=1)')
 
-@call('evaluate', needed='model batches', words='network|class|loader|images|data|split|model', examples=80, loose=True,
-      model="net() | model() | model('mwt') | module(*NAMES) | module()", batches=JUDGED, changes='batches',
-      classes="None | NAMES | ['owl', 'cat'] | ('cat', 'dög ☃')",
-      odd=dict(model=NETS, batches=BAD_JUDGED, classes="'cat' | [0, 1] | ['cat'] | ['cat', 'cat'] | ['rat'] | 0 | np.array(['cat', 'owl'])"))
+@call('evaluate', examples=60, needed='model batches', words='network|class|loader|images|data|split|model',
+      loose=True, model="net() | model() | model('mwt') | module(*NAMES) | module()", batches=JUDGED,
+      changes='batches', classes="None | NAMES | ['owl', 'cat'] | ('cat', 'dög ☃')",
+      odd=dict(
+          model=NETS,
+          batches=BAD_JUDGED,
+          classes="'cat' | [0, 1] | ['cat'] | ['cat', 'cat'] | ['rat'] | 0 | np.array(['cat', 'owl'])"))
 def _(found: float, model: nn.Module, batches: Any, classes: Any = None) -> None:
     assert is_fraction(found)
     if isinstance(model, ModularModel) and isinstance(batches, mwt.Batches) and batches.classes == NAMES:
@@ -355,9 +429,9 @@ def _(found: float, model: nn.Module, batches: Any, classes: Any = None) -> None
         right = torch.tensor(chosen)[answer(model, x[keep])[:, chosen].argmax(1)] == y[keep]
         assert abs(found - right.double().mean()) < 1e-6
 
-@call('profile', needed='model repeats', small='repeats', words='network|model|images', twice=False, examples=60, loose=True,
-      model="net() | model() | module() | net().double() | dense()", against='None | net() | model() | module()',
-      batch_size='1 | 3 | np.int64(2)', repeats='1 | 2',
+@call('profile', examples=40, needed='model repeats', small='repeats', words='network|model|images',
+      twice=False, loose=True, model='net() | model() | module() | net().double() | dense()',
+      against='None | net() | model() | module()', batch_size='1 | 3 | np.int64(2)', repeats='1 | 2',
       odd=dict(model=NETS, against=NETS, repeats='0 | -1 | 1.5'))
 def _(found: Any, model: nn.Module, against: Any = None, batch_size: int = 1, **rest: Any) -> None:
     assert [row['figure'].split()[0] for row in found.rows] == ['parameters', 'MFLOPs', 'latency']
@@ -369,8 +443,9 @@ def _(found: Any, model: nn.Module, against: Any = None, batch_size: int = 1, **
 
 MODULAR = "model() | model('mwt') | model('moda')"
 
-@call('decompose', needed='model batches show_progress', words='network|class|loader|images|data|model|split', examples=60,
-      model=MODULAR, batches="data().train | data().test.subset(NAMES[::-1])", changes='batches',
+@call('decompose', examples=40, needed='model batches show_progress',
+      words='network|class|loader|images|data|model|split', model=MODULAR,
+      batches='data().train | data().test.subset(NAMES[::-1])', changes='batches',
       threshold='.9 | 1 | .01 | np.float32(.5)', samples='2 | 200 | np.int64(5)', show_progress='False',
       odd=dict(model=NETS, batches=BAD_JUDGED, samples='10**6'))
 def _(found: Any, model: ModularModel, batches: Any, **rest: Any) -> None:
@@ -380,11 +455,15 @@ def _(found: Any, model: ModularModel, batches: Any, **rest: Any) -> None:
     assert ((0 <= found.frequency) & (found.frequency <= 1)).all()
     assert (found.cohesion.nan_to_num(1.) <= 1 + 1e-6).all() and repr(found)
 
-@call('extract', needed='model parts classes', words='network|class|parts|model|layers|mask', examples=80, loose=True,
-      model="model()", parts='parts()', classes=CHOSEN.replace('range(2) | ', ''), fuse=FLAG,
-      round_to='1 | 4 | np.int64(8)', odd=dict(
-          model=NETS, parts="parts('mwt') | replace(parts(), classes=['a', 'b', 'c'])", classes=BAD_CHOSEN))
-def _(found: Any, model: ModularModel, parts: Any, classes: Any, fuse: bool = False, round_to: int = 1) -> None:
+@call('extract', examples=40, needed='model parts classes', words='network|class|parts|model|layers|mask',
+      loose=True, model='model()', parts='parts()', classes=CHOSEN.replace('range(2) | ', ''), fuse=FLAG,
+      round_to='1 | 4 | np.int64(8)',
+      odd=dict(
+          model=NETS,
+          parts="parts('mwt') | replace(parts(), classes=['a', 'b', 'c'])",
+          classes=BAD_CHOSEN))
+def _(found: Any, model: ModularModel, parts: Any, classes: Any, fuse: bool = False,
+      round_to: int = 1) -> None:
     chosen = positions(classes)
     assert found.classes == [NAMES[i] for i in chosen] and not found.training
     x = X.sigmoid()
@@ -395,47 +474,66 @@ def _(found: Any, model: ModularModel, parts: Any, classes: Any, fuse: bool = Fa
     else: assert answer(found, x).isfinite().all()
     if fuse: assert not any(isinstance(m, nn.BatchNorm2d) for m in found.modules())
 
-@call('compose', needed='modules', words='module|class|weight', modules="[module()] | [module(), module('owl')] | (module('owl'), module('cat'))",
-      odd=dict(modules="[module(), module()] | [net()] | module() | [model()] | [module(), net()] | [module(), module('owl').double()]"
-                       " | iter([module()]) | {'a': module()} | [module(), module('owl').to('meta')]"))
+@call('compose', needed='modules', words='module|class|weight',
+      modules="[module()] | [module(), module('owl')] | (module('owl'), module('cat'))",
+      odd=dict(
+          modules=('[module(), module()] | [net()] | module() | [model()] | [module(), net()]'
+                   " | [module(), module('owl').double()] | iter([module()]) | {'a': module()}"
+                   " | [module(), module('owl').to('meta')]")))
 def _(found: Any, modules: Any) -> None:
     modules = list(modules)
     assert found.classes == [c for m in modules for c in m.classes]
     assert close(answer(found, X.sigmoid()), torch.cat([answer(m, X.sigmoid()) for m in modules], 1))
 
-@call('fine_tune', needed='module data epochs show_progress', small='epochs', words='module|class|network|images|loader|data|loss|weights|batch|split',
-      module="module() | module(*NAMES)", data="data() | data().subset(['dög ☃', 'cat', 'owl'])", epochs='1 | np.int64(2)', examples=60,
-      new_head=FLAG, lr='.01 | np.float32(.1)', show_progress='False', loose=True,
-      odd=dict(module=NETS, data=BAD_DATA, lr='1e30 | 0 | -1'))
+@call('fine_tune', examples=40, needed='module data epochs show_progress', small='epochs',
+      words='module|class|network|images|loader|data|loss|weights|batch|split',
+      module='module() | module(*NAMES)', data="data() | data().subset(['dög ☃', 'cat', 'owl'])",
+      epochs='1 | np.int64(2)', new_head=FLAG, lr='.01 | np.float32(.1)', show_progress='False',
+      loose=True, odd=dict(module=NETS, data=BAD_DATA, lr='1e30 | 0 | -1'))
 def _(found: Any, module: Any, data: Any, **rest: Any) -> None:
     assert found is not module and found.classes == module.classes and not found.training
     logits = answer(found, X.sigmoid())
     assert logits.shape == (4, len(module.classes)) and logits.isfinite().all()
 
-@call('Parts.split', needed='row', self='parts()', row="torch.zeros(12) | parts().kept", odd=dict(row='torch.zeros(11) | torch.zeros(12, 2)'))
+@call('Parts.split', needed='row', self='parts()', row='torch.zeros(12) | parts().kept',
+      odd=dict(row='torch.zeros(11) | torch.zeros(12, 2)'))
 def _(found: Any, self: Any, row: Tensor) -> None:
-    assert {k: v.shape[-1] for k, v in found.items()} == self.sizes and torch.equal(torch.cat([*found.values()], -1), row)
+    assert {k: v.shape[-1] for k, v in found.items()} == self.sizes
+    assert torch.equal(torch.cat([*found.values()], -1), row)
 
-@call('Parts.index', needed='name', self='parts()', words='class', name="'cat' | 2 | np.int64(0) | np.str_('owl')", odd=dict(name='3 | -1'))
-def _(found: int, self: Any, name: Any) -> None: assert type(found) is int and NAMES[found] in (name, NAMES[positions(name)[0]])
+@call('Parts.index', needed='name', self='parts()', words='class',
+      name="'cat' | 2 | np.int64(0) | np.str_('owl')", odd=dict(name='3 | -1'))
+def _(found: int, self: Any, name: Any) -> None:
+    assert type(found) is int and NAMES[found] in (name, NAMES[positions(name)[0]])
 
 @call('Parts.report', self='parts() | parts("mwt") | parts("moda")')
 def _(found: Any, self: Any) -> None: assert [r['class'] for r in found.rows] == [*NAMES, 'mean']
 
-PARTS = dict(classes='NAMES', sizes="{'a': 2, 'b': 1}", frequency='torch.ones(3, 3).double()', kept='torch.ones(3, 3).bool()',
-             thresholds='torch.ones(3, 2)', cohesion='torch.ones(3)', samples='2')
+PARTS = dict(
+      classes='NAMES',
+      sizes="{'a': 2, 'b': 1}",
+      frequency='torch.ones(3, 3).double()',
+      kept='torch.ones(3, 3).bool()',
+      thresholds='torch.ones(3, 2)',
+      cohesion='torch.ones(3)',
+      samples='2')
 
-@call('Parts', needed=' '.join(PARTS), words='parts|shape', **PARTS, signature='None', odd=dict(
-    classes=BAD_CLASSES, sizes="{'a': 3, 'b': 1} | {'a': -1, 'b': 4} | {'a': 1.5, 'b': 1.5} | {1: 2, 2: 1}",
-    kept='torch.ones(3, 3) | torch.ones(3, 3, device="meta").bool()', frequency='torch.ones(3, 2) | torch.full((3, 3), nan)'))
-def _(found: Any, **given: Any) -> None: assert repr(found) and found.index('owl') == 2 and len(found.split(found.kept)) == 2
+@call('Parts', needed=' '.join(PARTS), words='parts|shape', **PARTS, signature='None',
+      odd=dict(
+          classes=BAD_CLASSES,
+          sizes="{'a': 3, 'b': 1} | {'a': -1, 'b': 4} | {'a': 1.5, 'b': 1.5} | {1: 2, 2: 1}",
+          kept='torch.ones(3, 3) | torch.ones(3, 3, device="meta").bool()',
+          frequency='torch.ones(3, 2) | torch.full((3, 3), nan)'))
+def _(found: Any, **given: Any) -> None:
+    assert repr(found) and found.index('owl') == 2 and len(found.split(found.kept)) == 2
 
-@call('plot_masks', needed='parts', parts='parts() | parts("moda")', layer="None", ax='None | figure_axes()', changes='ax',
-      odd=AX | dict(layer="'1' | 0 | '0' | 'features'"))
+@call('plot_masks', needed='parts', parts='parts() | parts("moda")', layer='None', ax='None | figure_axes()',
+      changes='ax', odd=AX | dict(layer="'1' | 0 | '0' | 'features'"))
 def _(found: Any, parts: Any, layer: Any = None, ax: Any = None) -> None:
     assert [t.get_text() for t in found.get_yticklabels()] == NAMES and (ax is None or found is ax)
 
-@call('plot_coupling', needed='parts', parts='parts() | parts("mwt")', ax='None | figure_axes()', changes='ax', odd=AX)
+@call('plot_coupling', needed='parts', parts='parts() | parts("mwt")', ax='None | figure_axes()',
+      changes='ax', odd=AX)
 def _(found: Any, parts: Any, ax: Any = None) -> None:
     assert [t.get_text() for t in found.get_yticklabels()] == NAMES and (ax is None or found is ax)
 
@@ -446,81 +544,115 @@ PATHS = "TMP/'a.safetensors' | str(TMP/'b') | TMP/'new'/'ö ☃.safetensors'"
 BAD_PATHS = "TMP | '' | '.' | '/proc/x/y' | TMP/('n' * 300) | TMP/'a\\0b' | FOLDER/'cat'/'0.png'/'x' | '/'"
 SAVED = "CHECKPOINT | str(CHECKPOINT) | PARTS | MODULE"
 
-@call('save_checkpoint', needed='model path', words='network|path|write|could not', model="net() | model() | module()", path=PATHS,
-      about="None | {} | {'a': [1, 'ü', None]}", odd=dict(model=NETS, path=BAD_PATHS, about="{1: 2} | {'a': object()} | [1] | {'a': nan} | {'signature': 3} | {object(): 1} | {'classes': 7}"))
+@call('save_checkpoint', needed='model path', words='network|path|write|could not',
+      model='net() | model() | module()', path=PATHS, about="None | {} | {'a': [1, 'ü', None]}",
+      odd=dict(
+          model=NETS,
+          path=BAD_PATHS,
+          about=("{1: 2} | {'a': object()} | [1] | {'a': nan} | {'signature': 3} | {object(): 1}"
+                 " | {'classes': 7}")))
 def _(found: Path, model: nn.Module, path: Any, about: Any = None) -> None:
     other = deepcopy(model)
     with torch.no_grad(): [p.zero_() for p in other.parameters() if p.is_floating_point()]
     said = mwt.load_checkpoint(other, found)
     assert snapshot(weights_of(other)) == snapshot(weights_of(model)) and found == Path(path)
-    assert all(said[k] == v or v != v for k, v in {str(k): v for k, v in (about or {}).items()}.items() if k not in ('signature', 'classes'))
+    own = {str(k): v for k, v in (about or {}).items() if k not in ('signature', 'classes')}
+    assert all(said[k] == v or v != v for k, v in own.items())
 
-@call('load_checkpoint', needed='model path', changes='model', words='network|checkpoint|could not|no ', model="net()", path='CHECKPOINT | str(CHECKPOINT)',
+@call('load_checkpoint', needed='model path', changes='model', words='network|checkpoint|could not|no ',
+      model='net()', path='CHECKPOINT | str(CHECKPOINT)',
       odd=dict(model=NETS, path=BAD_PATHS + " | PARTS | MODULE | FOLDER/'cat'/'0.png'"))
 def _(found: dict, model: nn.Module, path: Any) -> None: assert same_state(model, net())
 
-@call('save_parts', needed='parts path', words='could not', parts='parts() | parts("moda")', path=PATHS, odd=dict(path=BAD_PATHS))
+@call('save_parts', needed='parts path', words='could not', parts='parts() | parts("moda")', path=PATHS,
+      odd=dict(path=BAD_PATHS))
 def _(found: Path, parts: Any, path: Any) -> None: assert snapshot(mwt.load_parts(found)) == snapshot(parts)
 
-@call('load_parts', needed='path', words='parts', path='PARTS | str(PARTS)', odd=dict(path=BAD_PATHS + ' | CHECKPOINT | MODULE'))
+@call('load_parts', needed='path', words='parts', path='PARTS | str(PARTS)',
+      odd=dict(path=BAD_PATHS + ' | CHECKPOINT | MODULE'))
 def _(found: Any, path: Any) -> None: assert found.classes == NAMES
 
-@call('save_module', needed='module path', words='module|could not', module="module() | module('owl', fuse=True)", path=PATHS, odd=dict(module=NETS, path=BAD_PATHS))
+@call('save_module', needed='module path', words='module|could not',
+      module="module() | module('owl', fuse=True)", path=PATHS, odd=dict(module=NETS, path=BAD_PATHS))
 def _(found: Path, module: Any, path: Any) -> None:
     again = mwt.load_module(found)
     assert same_state(again, module) and torch.equal(answer(again, X.sigmoid()), answer(module, X.sigmoid()))
 
-@call('load_module', needed='path', words='module', path='MODULE | str(MODULE)', device=DEVICES, odd=dict(path=BAD_PATHS + ' | CHECKPOINT | PARTS', device=BAD_DEVICES))
-def _(found: Any, path: Any, device: Any = 'cpu') -> None: assert found.classes == ['cat', 'dög ☃'] and same_state(found, module())
+@call('load_module', needed='path', words='module', path='MODULE | str(MODULE)', device=DEVICES,
+      odd=dict(path=BAD_PATHS + ' | CHECKPOINT | PARTS', device=BAD_DEVICES))
+def _(found: Any, path: Any, device: Any = 'cpu') -> None:
+    assert found.classes == ['cat', 'dög ☃'] and same_state(found, module())
 
 
 # Runs
 
-RUN = dict(model="'simcnn'", width='.1', epochs='1', batch_size='8', valid='.2', workers='0')
+HOW = dict(model='simcnn', width=.1, epochs=1, batch_size=8, valid=.2, workers=0)
 
-@call('Run.create', needed='folder data', words='folder|run|data set|setting|option|path|could not', examples=50, loose=True,
-      folder="TMP/'run' | str(TMP/'run2') | OLD", data="FOLDER | str(FOLDER) | 'digits'", overwrite=FLAG, resume=FLAG,
-      model="'simcnn' | 'torchvision/resnet18'", width='.1 | np.float32(1)', method="None | 'mwt' | 'plain'", epochs='1 | np.int64(3)', seed='0 | 3',
-      batch_size='8', size='None | 8', lr='.1', small='width',
-      odd=dict(folder=BAD_PATHS, data="'no' | TMP/'no' | FOLDER/'cat'", model="'simcn' | net()", method="'plai' | MwT()", width='9'))
+@call('Run.create', examples=20, needed='folder data',
+      words='folder|run|data set|setting|option|path|could not', loose=True,
+      folder="TMP/'run' | str(TMP/'run2') | OLD", data="FOLDER | str(FOLDER) | 'digits'", overwrite=FLAG,
+      resume=FLAG, model="'simcnn' | 'torchvision/resnet18'", width='.1 | np.float32(1)',
+      method="None | 'mwt' | 'plain'", epochs='1 | np.int64(3)', seed='0 | 3', batch_size='8',
+      size='None | 8', lr='.1', small='width',
+      odd=dict(
+          folder=BAD_PATHS,
+          data="'no' | TMP/'no' | FOLDER/'cat'",
+          model="'simcn' | net()",
+          method="'plai' | MwT()",
+          width='9'))
 def _(found: Any, folder: Any, data: Any, **rest: Any) -> None:
-    assert found.state in ('new', 'complete') and json.loads(json.dumps(found.settings)) == found.settings and found.about()
+    assert found.state in ('new', 'complete') and found.about()
+    assert json.loads(json.dumps(found.settings)) == found.settings
 
-@call('Run.open', needed='folder', words='run', folder='OLD | str(OLD)', data='None | FOLDER | str(FOLDER)', odd=dict(folder=BAD_PATHS + ' | FOLDER', data="TMP/'no' | 'nothing'"))
-def _(found: Any, folder: Any, data: Any = None) -> None: assert found.state == 'complete' and len(found.table())
+@call('Run.open', needed='folder', words='run', folder='OLD | str(OLD)', data='None | FOLDER | str(FOLDER)',
+      odd=dict(folder=BAD_PATHS + ' | FOLDER', data="TMP/'no' | 'nothing'"))
+def _(found: Any, folder: Any, data: Any = None) -> None:
+    assert found.state == 'complete' and len(found.table())
 
 OLD = 'Run.open(OLD)'
 
-@call('Run.path', needed='name', words='file', self=OLD, name="'model' | 'parts'", odd=dict(name="'modell' | 'run.json'"))
+@call('Run.path', needed='name', words='file', self=OLD, name="'model' | 'parts'",
+      odd=dict(name="'modell' | 'run.json'"))
 def _(found: Path, self: Any, name: str) -> None: assert found.parent == self.folder
 
 @call('Run.data', self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, device: Any = None) -> None: assert found.classes == ['cat', 'dog', 'owl']
 
-@call('Run.new_model', self=OLD, data='None | data()', words='data', odd=dict(data='data(3) | data().train'))
+@call('Run.new_model', examples=6, twice=False, self=OLD, data='None | data()', words='data',
+      odd=dict(data='data(3) | data().train'))
 def _(found: Any, self: Any, data: Any = None) -> None: assert found.n_classes == 3
 
-@call('Run.model', self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
+@call('Run.model', examples=4, twice=False, self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, device: Any = None) -> None: assert found.n_classes == 3
 
 @call('Run.modules', self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, device: Any = None) -> None: assert all(m.classes for m in found.values())
 
-@call('Run.module_path', needed='classes', self=OLD, words='class', classes="['cat'] | ('a', 'b') | ['/', '..'] | ['☃' * 200]")
-def _(found: Path, self: Any, classes: Any) -> None: assert found.parent == self.folder/'modules' and len(found.name.encode()) < 255
+@call('Run.module_path', needed='classes', self=OLD, words='class',
+      classes="['cat'] | ('a', 'b') | ['/', '..'] | ['☃' * 200]")
+def _(found: Path, self: Any, classes: Any) -> None:
+    assert found.parent == self.folder/'modules' and len(found.name.encode()) < 255
 
-@call('Run.decompose', needed='show_progress', self=OLD, threshold='.9 | .5', device="None | 'cpu'", show_progress='False', odd=dict(device=BAD_DEVICES))
+@call('Run.decompose', examples=4, needed='show_progress', self=OLD, threshold='.9 | .5',
+      device="None | 'cpu'", show_progress='False', odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, **rest: Any) -> None: assert snapshot(self.parts()) == snapshot(found)
 
-@call('Run.extract', needed='_spread_groups', words='class|groups', self=OLD, _spread_groups="([],) | () | (['cat'],) | (['cat', 'dog'], [2])".replace('([],) | ', ''),
-      fuse=FLAG, round_to='1 | 2', device="None | 'cpu'", odd=dict(device=BAD_DEVICES, _spread_groups="(['rat'],) | (1, 1) | ([],) | (None,) | (['cat', 'cat'],) | (iter([0]),)"))
+@call('Run.extract', examples=5, twice=False, needed='_spread_groups', words='class|groups', self=OLD,
+      _spread_groups="([],) | () | (['cat'],) | (['cat', 'dog'], [2])".replace('([],) | ', ''), fuse=FLAG,
+      round_to='1 | 2', device="None | 'cpu'",
+      odd=dict(
+          device=BAD_DEVICES,
+          _spread_groups="(['rat'],) | (1, 1) | ([],) | (None,) | (['cat', 'cat'],) | (iter([0]),)"))
 def _(found: Any, self: Any, groups: Any, **rest: Any) -> None: assert len(found) == (len(groups) or 3)
 
-@call('Run.evaluate', self=OLD, twice=False, words='module', modules='() | [MODULE_OF_RUN] | (str(MODULE_OF_RUN),)', device="None | 'cpu'",
-      odd=dict(device=BAD_DEVICES, modules="MODULE_OF_RUN | str(MODULE_OF_RUN) | [MODULE] | [PARTS] | ['no'] | [None]"), examples=12)
+@call('Run.evaluate', examples=2, self=OLD, twice=False, words='module|network',
+      modules='() | [MODULE_OF_RUN] | (str(MODULE_OF_RUN),)', device="None | 'cpu'",
+      odd=dict(
+          device=BAD_DEVICES,
+          modules="MODULE_OF_RUN | str(MODULE_OF_RUN) | [MODULE] | [PARTS] | ['no'] | [None]"))
 def _(found: Any, self: Any, **rest: Any) -> None: assert len(found) >= 1 and len(self.figures())
 
-@call('Run.report', self=OLD, examples=1)
+@call('Run.report', examples=1, twice=False, self=OLD)
 def _(found: Path, self: Any) -> None: assert '<html' in found.read_text()
 
 @call('Run.save_history', needed='history', self=OLD, history='Run.open(OLD).history()')
@@ -532,11 +664,14 @@ def _(found: Path, self: Any, parts: Any) -> None: assert snapshot(self.parts())
 @call('Run.save_metrics', needed='metrics', self=OLD, metrics="{'modularity': {}, 'networks': []}")
 def _(found: Path, self: Any, metrics: Any) -> None: assert self.metrics() == metrics
 
-@call('Run.save_module', needed='module', self='Run.open(SPARE)', words='module', module='module()', odd=dict(module=NETS))
+@call('Run.save_module', needed='module', self='Run.open(SPARE)', words='module', module='module()',
+      odd=dict(module=NETS))
 def _(found: Path, self: Any, module: Any) -> None: assert mwt.load_module(found).classes == module.classes
 
-@call('Run.train', needed='show_progress', self="Run.create(TMP/'t', FOLDER, overwrite=True, model='simcnn', width=.1, epochs=1, batch_size=8, valid=.2, workers=0)",
-      changes='self', device="None | 'cpu'", compile="'auto' | False", show_progress='False', odd=dict(device=BAD_DEVICES, compile="'x'"), examples=12)
+@call('Run.train', examples=3, needed='show_progress',
+      self="Run.create(TMP/'t', FOLDER, overwrite=True, **HOW)",
+      changes='self', device="None | 'cpu'", compile="'auto' | False", show_progress='False',
+      odd=dict(device=BAD_DEVICES, compile="'x'"))
 def _(found: Any, self: Any, **rest: Any) -> None: assert self.state == 'complete' and len(found.rows) == 1
 
 
@@ -548,22 +683,22 @@ def scope(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     yield make_scope(tmp_path_factory.mktemp('fuzz'))
 
 def make_scope(folder: Path) -> dict[str, Any]:
-    images = pictures(folder/'images', [f'{c}/{i}.png' for c in ('cat', 'dog', 'owl') for i in range(10)], channels=1)
+    names = [f'{c}/{i}.png' for c in ('cat', 'dog', 'owl') for i in range(10)]
+    images = pictures(folder/'images', names, channels=1)
     files = {name: folder/f'{name}.safetensors' for name in ('CHECKPOINT', 'PARTS', 'MODULE')}
     mwt.save_checkpoint(net(), files['CHECKPOINT'])
     mwt.save_parts(mwt.decompose(model(), data().train, show_progress=False), files['PARTS'])
     mwt.save_module(module(), files['MODULE'])
-    how = dict(model='simcnn', width=.1, epochs=1, batch_size=8, valid=.2, workers=0)
-    for name in ('old', 'spare'):
-        run = mwt.Run.create(folder/name, images, **how)
-        run.train(show_progress=False)
-        run.decompose(show_progress=False)
-        [cut] = run.extract(['cat', 'dog'])
+    run = mwt.Run.create(folder/'old', images, **HOW)
+    run.train(show_progress=False)
+    run.decompose(show_progress=False)
+    [cut] = run.extract(['cat', 'dog'])
+    shutil.copytree(folder/'old', folder/'spare')
     tmp = folder/'tmp'
     try: mwt.fit(net(), data(), 1, lr=1e30, resume=folder/'stopped', show_progress=False)
     except mwt.MwtError: pass
     def stopped() -> Path: return Path(shutil.copy(folder/'stopped', tmp))
-    return dict(TMP=tmp, stopped=stopped, FOLDER=images, OLD=folder/'old', SPARE=folder/'spare', X=X,
+    return dict(TMP=tmp, stopped=stopped, FOLDER=images, HOW=HOW, OLD=folder/'old', SPARE=folder/'spare', X=X,
                 MODULE_OF_RUN=run.module_path(cut.classes), **files)
 
 def renew(folder: Path) -> None:
@@ -573,7 +708,7 @@ def renew(folder: Path) -> None:
 
 def examine(call: Call, scope: dict[str, Any], examples: int) -> None:
     how = settings(max_examples=examples, deadline=None, derandomize=True, database=None,
-                   suppress_health_check=list(HealthCheck))
+                   phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck))
     @how
     @given(st.data())
     def check(data: st.DataObject) -> None:

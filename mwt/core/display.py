@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from tabulate import tabulate
-from .checks import LARGEST, NUMBERS, WHOLE, check_flag, check_kind, check_range, shown
+from .checks import (
+    LARGEST, NUMBERS, WHOLE, check_flag, check_kind, check_range, shown)
 from .errors import WrongType
 
 # %% auto #0

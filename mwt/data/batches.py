@@ -350,6 +350,7 @@ def normalised_by(self: Batches,
     std: Sequence[float], # likewise
 ) -> Batches:
     "The same samples, normalised in another way."
+    mean, std = (as_statistics(*given, self.images) for given in (('mean', mean), ('std', std)))
     return self._replace(mean=mean, std=std)
 
 @patch

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -65,7 +64,7 @@ def _check_iterable(
     if isinstance(source, Dataset):
         raise WrongType(f"{type(source).__name__} is a data set and gives single images; "
                         "give DataLoader(dataset, batch_size=128), with shuffle=True for training")
-    if not isinstance(source, Iterable) or isinstance(source, (Tensor, np.ndarray, str, bytes)):
+    if not isinstance(source, Iterable) or getattr(source, 'shape', None) == ():
         raise WrongType(f"data must be made by image_data or from_tensors, or be a DataLoader, "
                         f"not {type(source).__name__}")
     if isinstance(source, Iterator):
