@@ -379,7 +379,7 @@ def compute(self: ChannelTracker, node: fx.Node) -> Any:
     "The result of an operation without its values. Raises `ValueError` where values are needed."
     try:
         with torch.device('meta'): return super(ChannelTracker, self).run_node(node)
-    except (RuntimeError, NotImplementedError, TypeError, IndexError) as e:
+    except (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError) as e:
         said = (str(e) or type(e).__name__).splitlines()[0]
         raise WrongValue(f"{node.name}: the size of its result depends on the values that it reads, "
                          f"so nothing can be cut ({said}); use an operation whose result has a size of "
@@ -397,7 +397,7 @@ def _sizes(node: fx.Node, layer: nn.Module | None) -> tuple[Any, ...] | None:
     if layer is not None: return () if isinstance(layer, nn.Unflatten) else None
     name = node.target if isinstance(node.target, str) else node.target.__name__
     if name == 'unflatten': return ()
-    if name not in ('view', 'reshape'): return None
+    if name not in ('view', 'reshape', 'expand'): return None
     sizes = node.args[1:] or (node.kwargs.get('shape', node.kwargs.get('size')),)
     if isinstance(sizes[0], (tuple, list)): sizes = tuple(sizes[0])
     return () if len(sizes) == 1 and isinstance(sizes[0], fx.Node) else sizes
@@ -411,6 +411,9 @@ def check_view(
 ) -> None:
     "Couple or pin channels along dimensions of constant size."
     constant = {d for d, size in enumerate(sizes) if isinstance(size, int) and size != -1}
+    if node.target == 'expand':             # its sizes are those that are there
+        if constant & set(varying(result)): tracker.groups.pin(result, f'{node.name} says how many they are')
+        return
     if not sizes: constant = set(range(result.ndim))
     for d in constant & set(varying(result)): tracker.groups.couple(result.narrow(d, 0, 1), result)
     if len(varying(tracker.groups.root[result])) > 1:

@@ -254,6 +254,9 @@ def cut_error(
     with torch.no_grad(): error = (slim(x) - expected).abs().max()
     return (error / expected.abs().max().clamp_min(torch.finfo(x.dtype).tiny)).item()
 
+def said(e: Exception) -> str: # its first line, or its kind
+    return (str(e) or type(e).__name__).splitlines()[0]
+
 def check_cut(
     model: ModularModel, # a fresh one
 ) -> None:
@@ -262,7 +265,12 @@ def check_cut(
     margin = 1e-3 if x.device.type == 'cpu' else .02            # GPUs may round to TF32
     if x.dtype in (torch.float16, torch.bfloat16): margin = .1
     for trial in (enlivened(model), model):
-        error = cut_error(trial)
+        try: error = cut_error(trial)
+        except WrongValue: raise
+        except REFUSALS as e:
+            raise WrongValue(f'{type(model.net).__name__} cannot be cut: it fails without some kernels '
+                             f'({said(e)}). Something counts on their number; leave the '
+                             'layers before it unmasked (filter_fn)') from e
         if error is not None: break
     if error is None or error <= margin: return
     try: error = cut_error(copy_of(trial).double().cpu())
@@ -285,7 +293,7 @@ def check_learns(
     try: heard = hears(model)
     except REFUSALS as e:
         raise WrongValue(f'{name} runs in use, but not in training, with images of size {sizes}: '
-                         f'{str(e).splitlines()[0]}; write that part with operations that have a '
+                         f'{said(e)}; write that part with operations that have a '
                          'derivative, not in place, or pass a larger example_input') from e
     if heard: return
     lost = ', '.join(without_gradient(model.plain(), model.example())) or 'some operation'
