@@ -36,7 +36,7 @@ def n_outputs(
     "How many classes a network tells apart."
     try: example = find_example(model)
     except ValueError: return None
-    with evaluating(model): answer = model(example)
+    with evaluating(model), untouched(model): answer = model(example)
     check_answer(model, answer)
     return answer.shape[1]
 
@@ -45,8 +45,7 @@ def found_batches(
     batches: Batches | LoaderBatches | Iterable, # a split, a `DataLoader`, any batches
 ) -> Batches | LoaderBatches: # a loader's on the network's device
     "What a network is judged on. Raises `TypeError` or `ValueError` for what cannot be used."
-    if isinstance(batches, Batches): return batches
-    if isinstance(batches, LoaderBatches): return batches.to(device_of(model))
+    if isinstance(batches, (Batches, LoaderBatches)): return batches.to(device_of(model))
     return as_batches(batches, device=device_of(model), n_classes=n_outputs(model))
 
 # %% ../nbs/06_measure/01_measure.ipynb #714b6fd1

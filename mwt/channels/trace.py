@@ -79,11 +79,12 @@ def value(self: Tracer, node: fx.Node) -> Any:
         self.runner = fx.Interpreter(self.weightless, graph=self.graph)
     env = self.runner.env = self.values
     self.computing = True           # layers are called, not recorded
-    with torch.no_grad(), torch.device('meta'):
-        for n in self.graph.nodes:
-            if n in env: continue
-            env[n] = self.example.to('meta') if n.op == 'placeholder' else _run(self.runner, n)
-    self.computing = False
+    try:
+        with torch.no_grad(), torch.device('meta'):
+            for n in self.graph.nodes:
+                if n in env: continue
+                env[n] = self.example.to('meta') if n.op == 'placeholder' else _run(self.runner, n)
+    finally: self.computing = False
     if isinstance(env[node], Exception): raise fx.proxy.TraceError(BRANCHES) from env[node]
     return env[node]
 
@@ -154,8 +155,12 @@ def tidy_(
     for node in reversed(graph.nodes):
         needed = node is first or node.users or node.op in ('output', 'call_module') or node in keep
         if not needed and not in_place(node): graph.erase_node(node)
+    tensors: dict[Any, fx.Node] = {}        # a tensor that is read twice is one value
     for node in graph.nodes:
         if node.op == 'call_function' and not node.args: _by_place(node)
+        if node.op != 'get_attr' or tensors.setdefault(node.target, node) is node: continue
+        node.replace_all_uses_with(tensors[node.target])
+        graph.erase_node(node)
     return graph
 
 def _by_place(node: fx.Node) -> None:
@@ -239,6 +244,7 @@ def _traced(
     model: nn.Module, # any network
     known: Container[type] = (), # classes of layers that are one operation
     example: Tensor | None = None, # an input that it accepts
+    to_run: bool = True, # give the network the tensors that its forward pass makes: the graph reads them
 ) -> tuple[fx.Graph, Tracer]: # operations in running order; who recorded them
     "A network's operations in the mode that it is in."
     tracer, root = Tracer(known, example), copied(model)
@@ -252,8 +258,8 @@ def _traced(
             f"{type(model).__name__} cannot be traced{_inside(tracer)}: {e}. Its forward pass must "
             "not branch on tensor values or change between calls; rewrite that part with "
             "torch.where, or put it into a layer of its own that torch.fx can follow") from e
-    for name, value in vars(root).items():
-        if name.startswith('_tensor_constant'): setattr(model, name, value)
+    made = {k: v for k, v in vars(root).items() if k.startswith('_tensor_constant')}
+    if to_run: vars(model).update(made)
     return graph, tracer
 
 def _inside(tracer: Tracer) -> str:
@@ -306,7 +312,9 @@ def input_channels(
         check_unwrapped(model)
         raise WrongValue(f"{type(model).__name__} has no nn.Conv2d layer; only convolutional "
                          "networks can be made modular")
-    try: running = [n.target for n in trace(model).nodes if n.op == 'call_module']
+    try:
+        with evaluating(model): graph, _ = _traced(model, known=(nn.Conv2d,), to_run=False)
+        running = [n.target for n in graph.nodes if n.op == 'call_module']
     except ValueError: running = []
     first = next((name for name in running if name in convs), next(iter(convs)))
     return convs[first].in_channels

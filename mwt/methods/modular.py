@@ -152,8 +152,9 @@ def fixed_masks(
 ) -> Iterator[None]:
     "Inside the block every image gets the given masks. Raises `ValueError` for one that does not fit."
     _check_masks(model, masks)
-    model.masks.hold(masks)
-    try: yield
+    try:
+        model.masks.hold(masks)
+        yield
     finally: model.masks.hold(None)
 
 # %% ../../nbs/05_methods/04_modular.ipynb #e45ce79b
@@ -350,6 +351,10 @@ def modularize(
 # %% ../../nbs/05_methods/04_modular.ipynb #8c224a54
 def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:
     size = head_size(net.get_submodule(channels.head))
+    known = signature_of(net)
+    if size == n_classes and known is not None and len(known.classes) != size:
+        raise WrongValue(f"{channels.head}: answers for {size} classes, but the network's signature names "
+                         f"{len(known.classes)}; set its .signature to None if it has a new head")
     if size == n_classes: return
     raise WrongValue(f"{channels.head}: answers for {size} classes, but n_classes is {n_classes}; "
                      "give the number that the network was made for")

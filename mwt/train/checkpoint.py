@@ -106,6 +106,6 @@ def load_checkpoint(
     with describes(path, 'a network'): signature_in(about)
     if fault := misfit(model, weights, about):
         raise WrongValue(f"{path} holds the weights of another network: {fault}")
+    sign(model, about, path)            # first, since a module refuses that of other classes
     model.load_state_dict(without_signature(model, weights))
-    sign(model, about, path)
     return about

@@ -28,7 +28,7 @@ class TrainConfig:
     momentum: float = 0.9       # Nesterov momentum, 0 to below 1
     weight_decay: float = 0.0   # L2 penalty on all weights, at least 0
     warmup: float = 0.1         # fraction of the run in which the learning rate rises, 0 to 1
-    amp: bool | None = None     # bfloat16; `None` where the device is CUDA, `True` everywhere
+    amp: bool | None = None     # bfloat16; `None`: on CUDA, where that is fast; `True` everywhere
     accumulate: int = 1         # micro-batches that a batch is taken in, to save memory, at least 1
 
     def __post_init__(self) -> None:

@@ -13,12 +13,13 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from ..core.checks import NotEnoughMemory, is_out_of_memory
+from ..core.checks import NotEnoughMemory
 from ..core.errors import TrainingLost, WrongValue
-from ..core.nets import device_of, evaluating, logits_of, memory_format
+from ..core.nets import device_of, evaluating, fast_bfloat16, logits_of, memory_format
 from ..core.processes import GlobalNorms, global_sum, rank_and_size
 from ..core.signature import weights_of, without_signature
 from ..methods.base import cross_entropy
+from ..methods.modular import ModularModel
 from .checkpoint import FLOATS, ask
 from .history import TrainConfig, lr_factor
 
@@ -72,7 +73,8 @@ class Trainer:
         self.compile = compile
         self.format = format
         self.device = device_of(model)
-        self.amp = self.device.type == 'cuda' if config.amp is None else config.amp
+        self.amp = config.amp
+        if config.amp is None: self.amp = self.device.type == 'cuda' and fast_bfloat16(self.device)
         self.may_shrink = True                  # until the model has been asked for a smaller one
         self.origins: dict[str, Tensor] = {}    # weight of a smaller `net` -> its place in the model's
         self.optimizer = make_optimizer(model, config)
@@ -119,7 +121,8 @@ def train_(self: Trainer,
 ) -> None:
     "Train this network from here on."
     self.net = net
-    if self.compile: getattr(net, 'net', net).compile()
+    part = net.net if isinstance(net, ModularModel) else net
+    if self.compile: part.compile()
     self.loss = distributed(LossLayer(net), self.device)
 
 # %% ../../nbs/07_train/03_trainer.ipynb #dc6f8985
