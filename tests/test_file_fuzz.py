@@ -1,4 +1,4 @@
-"""Seven kinds of files, each 100 times cut, with flipped bits, with another file in its place, of another version.
+"""Seven kinds of files, each 100 times cut, with flipped bits, exchanged for another, of another version.
 
 Every one is refused by an error of ours that names the file. Nothing on the disk changes, and nothing in the
 network that was to be loaded.
@@ -41,7 +41,8 @@ by_kind = pytest.mark.parametrize('kind', KINDS)
 @functools.cache
 def network(seed: int) -> nn.Module:
     "A small modular network, to be copied before it is changed."
-    return modularize(create_model('simcnn', num_classes=3, width=.05, in_channels=1, seed=seed), 3, seed=seed)
+    net = create_model('simcnn', num_classes=3, width=.05, in_channels=1, seed=seed)
+    return modularize(net, 3, seed=seed)
 
 
 def fit_of(model: nn.Module, resume: Path) -> Fit:
@@ -73,8 +74,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder/KINDS['history'], asdict(fit.history))
     figures = dict.fromkeys(('params', 'flops', 'latency', 'batch_size', 'params_ratio', 'flops_ratio',
                              'latency_ratio', 'accuracy', 'full_accuracy'), 1.5)
-    write_json(folder/KINDS['metrics'], dict(modularity=dict(krr=.5, cohesion=.25, coupling=float('nan')),
-                                             networks=[figures | dict(network='full model', classes=classes)]))
+    networks = [figures | dict(network='full model', classes=classes)]
+    modularity = dict(krr=.5, cohesion=.25, coupling=float('nan'))
+    write_json(folder/KINDS['metrics'], dict(modularity=modularity, networks=networks))
     return folder
 
 
@@ -91,8 +93,9 @@ class Reader:
     def state(self) -> list[Any]:
         if self.kind not in ('checkpoint', 'run'): return [{}]          # no network is given
         fit = self.fit
-        return [{k: v.clone() for k, v in self.model.state_dict().items()}, dict(fit.run.optimizer.state),
-                fit.run.done, copy.deepcopy(fit.history), dict(fit.best), getattr(self.model, 'signature', None)]
+        weights = {k: v.clone() for k, v in self.model.state_dict().items()}
+        return [weights, dict(fit.run.optimizer.state), fit.run.done, copy.deepcopy(fit.history),
+                dict(fit.best), self.model.signature]
 
     def load(self) -> Any:
         path, kind = self.path, self.kind
@@ -174,8 +177,9 @@ def no_files_of_ours() -> list[bytes]:
     with zipfile.ZipFile(archive, 'w') as z: z.writestr('model.safetensors', b'weights' * 99)
     pickle.dump(dict(a=[1, 2]), pickled)
     torch.save(dict(weight=torch.zeros(9)), weights)
-    texts = [b'', b'\0' * 100, b'weights: to follow\n' * 9, b'<!doctype html><title>404</title>', b'{}', b'[]', b'null',
-             b'"text"', b'3', b'{"rows": 1, "best_epoch": 2}', b'\xff\xfe{\0}\0', b'[' * 100_000,
+    texts = [b'', b'\0' * 100, b'weights: to follow\n' * 9, b'<!doctype html><title>404</title>', b'{}',
+             b'[]', b'null', b'"text"', b'3',
+             b'{"rows": 1, "best_epoch": 2}', b'\xff\xfe{\0}\0', b'[' * 100_000,
              b'{"rows":' * 100_000, b'9' * 10_000, b'{"rows": [], "best_epoch": ' + b'9' * 10_000 + b'}']
     return texts + [b.getvalue() for b in (picture, archive, pickled, weights)]
 
@@ -210,8 +214,8 @@ def test_another_suffix(kind: str, sound: Path, tmp_path: Path) -> None:
 
 def versions(draw: random.Random) -> Iterator[tuple[Any, bool]]:
     "What could stand in the place of a version; is it a newer one?"
-    odd = ['', '1', '02', ' 2', '2.0', '-2', '+2', 'two', 'nan', '٢', '2\0', '2' * 5000, 1, 0, -1, 2.0, 2.5, True, None, [2],
-           {}, '9' * 4000]
+    odd = ['', '1', '02', ' 2', '2.0', '-2', '+2', 'two', 'nan', '٢', '2\0', '2' * 5000, '9' * 4000,
+           1, 0, -1, 2.0, 2.5, True, None, [2], {}]
     for value in odd: yield value, False
     for _ in range(TIMES // 2 - len(odd) // 2):
         yield draw.randint(VERSION + 1, 10 ** draw.randint(1, 17) + VERSION), True
@@ -267,4 +271,5 @@ def test_json_without_a_checksum_is_read(sound: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(content | dict(formet={})))
     with pytest.raises(MwtError, match="no mwt writes 'formet' there"): Run.open(tmp_path)
     path.write_text((sound/'run.json').read_text().replace('"seed": 0', '"seed": 3'))
-    with pytest.raises(MwtError, match="take out its field 'format' if you have changed it yourself"): Run.open(tmp_path)
+    with pytest.raises(MwtError, match="take out its field 'format' if you have changed it yourself"):
+        Run.open(tmp_path)

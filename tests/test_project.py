@@ -454,6 +454,15 @@ def test_package_is_complete(setup_arguments: dict[str, Any]) -> None:
     assert not (ROOT/'pyproject.toml').exists(), 'settings.ini and setup.py are the one place for metadata'
 
 
+def test_promises_of_safety_name_their_tests() -> None:
+    "SECURITY.md says which test shows what, and where to report a problem."
+    text = (ROOT/'SECURITY.md').read_text(encoding='utf-8')
+    named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', text)
+    assert len(named) >= 10
+    for file, test in named: assert f'def {test}(' in (ROOT/'tests'/file).read_text(encoding='utf-8'), test
+    assert '/security/advisories/new' in text and 'SECURITY.md' in (ROOT/'MANIFEST.in').read_text()
+
+
 def test_entry_points_lead_somewhere(setup_arguments: dict[str, Any]) -> None:
     for group in ('console_scripts', 'nbdev'):
         lines = setup_arguments['entry_points'][group]

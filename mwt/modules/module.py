@@ -43,7 +43,8 @@ def check_step(
         raise WrongValue(f"step {step['name']!r} is a {step['kind']} {step['target']!r}, "
                          "which modules may not have")
     for name in (step['name'], *step['kwargs']):
-        if not name.isidentifier(): raise WrongValue(f'{shortened(name)} is no name for a result or argument')
+        if name.isidentifier(): continue
+        raise WrongValue(f'{shortened(name)} is no name for a result or argument')
 
 # %% ../../nbs/08_modules/04_module.ipynb #55bc3961
 def steps_used(
@@ -364,7 +365,8 @@ def check_result(
     "Raises `ValueError` for a tensor that is too large."
     if x.ndim > MOST_AXES: raise WrongValue(f'{name} makes a tensor of {x.ndim} axes')
     if x.numel() * x.itemsize <= LARGEST: return
-    raise WrongValue(f'{name} makes a tensor of {x.numel():,} elements for two images, which is too large')
+    raise WrongValue(f'{name} makes a tensor of {x.numel():,} elements for two images, '
+                     'which is too large')
 
 # %% ../../nbs/08_modules/04_module.ipynb #82a0da13
 MOST_ITEMS = 300_000        # numbers and tensors in lists, in one argument or in all results
@@ -418,14 +420,16 @@ class Trial(TorchDispatchMode):
         if name == 'aten::native_batch_norm' and args[3] is not None and args[5]:   # without a trace
             raise WrongValue(f'{WRITES}; batch_norm with training=True')
         kwargs = dict(kwargs or {})
-        if any(a.name == 'device' for a in func._schema.arguments): kwargs['device'] = torch.device('meta')
+        anywhere = any(a.name == 'device' for a in func._schema.arguments)
+        if anywhere: kwargs['device'] = torch.device('meta')
         found = func(*args, **kwargs)
         for x in tree_leaves(found):
             if isinstance(x, Tensor): check_result(name, x)
-        return tree_map_only(Tensor, on_meta, found)
+        return tree_map_only(Tensor, _on_meta, found)
 
-def on_meta(x: Tensor) -> Tensor: return x if x.is_meta else x.to('meta')
+def _on_meta(x: Tensor) -> Tensor: return x if x.is_meta else x.to('meta')
 
+# %% ../../nbs/08_modules/04_module.ipynb #bd9674f3
 @patch
 def run_step(self: Trial,
     module: nn.Module, # with the layers and tensors
@@ -434,7 +438,8 @@ def run_step(self: Trial,
     kwargs: Mapping[str, Any], # decoded
 ) -> Any: # its result
     "Run one step, if it is harmless."
-    if items_in(args, *kwargs.values()) > MOST_ITEMS: raise WrongValue(f'{step.name} has too many arguments')
+    if items_in(args, *kwargs.values()) > MOST_ITEMS:
+        raise WrongValue(f'{step.name} has too many arguments')
     if step.kind in ('method', 'attribute') and not isinstance(args[0], (Tensor, tuple)):
         raise WrongValue(f'{step.name} asks {shortened(args[0])} for {step.target}')
     numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, int)]
@@ -482,7 +487,8 @@ def check_facts(
     if not names or len(set(classes)) < len(classes):
         raise WrongValue(f"classes must be different names, not {shortened(classes)}")
     as_signature(dict(classes=classes, shape=description['input_shape']))
-    if type(description.get('pixels', False)) is not bool: raise WrongValue('pixels must be true or false')
+    if type(description.get('pixels', False)) is not bool:
+        raise WrongValue('pixels must be true or false')
     if full is None: return
     for name in ('params', 'flops'): check_range(f'{name} of the full model', full[name], 0)
 
