@@ -93,13 +93,22 @@ def _accepts(model: nn.Module, batches: Batches | LoaderBatches) -> bool:
     return True
 
 # %% ../nbs/06_measure/01_measure.ipynb #7afdcbdc
+def not_taken(
+    model: nn.Module, # a network
+    images: Tensor, # (batch, channels, height, width)
+    e: Exception, # what it raised
+    remedy: str, # the way out
+) -> ValueError: # to be raised
+    "An error for images that a network does not take."
+    shape, why = tuple(images.shape[1:]), str(e) or type(e).__name__
+    return WrongValue(f'{type(model).__name__} does not take images of {shape}: {why}; {remedy}')
+
 def _logits(model: nn.Module, images: Tensor, n: int) -> Tensor:
     "A network's logits. Raises `ValueError` unless they are for `n` classes."
     try: logits = model(images.to(input_dtype(model)))
     except REFUSALS as e:
         if isinstance(e, MwtError) or is_out_of_memory(e): raise
-        raise WrongValue(f"{type(model).__name__} does not take images of {tuple(images.shape[1:])}: "
-                         f"{str(e) or type(e).__name__}; give images as in its training") from e
+        raise not_taken(model, images, e, 'give images as in its training') from e
     check_answer(model, logits)
     if logits.shape[1] == n: return logits
     raise WrongValue(f"the network answers for {logits.shape[1]} classes, the data has {n}; "
@@ -139,8 +148,8 @@ def confusion(
             counts += torch.bincount(labels * n + answers, minlength=n * n)
     if batches.shared: counts = global_sum(counts)      # each process saw its rows only
     if lost:
-        raise WrongValue(f'{type(model).__name__} answers NaN; load its weights again, or give images '
-                         'without NaN')
+        raise WrongValue(f'{type(model).__name__} answers NaN; load its weights again, or give '
+                         'images without NaN')
     return counts.view(n, n).cpu()
 
 # %% ../nbs/06_measure/01_measure.ipynb #e2260509
@@ -231,8 +240,8 @@ def _check_takes(model: nn.Module, images: Tensor) -> None:
     try:
         with evaluating(model), untouched(model): model(images)
     except REFUSALS as e:
-        raise WrongValue(f"{type(model).__name__} does not take images of {tuple(images.shape[1:])}: "
-                         f"{str(e) or type(e).__name__}; measure networks for images of one shape") from e
+        remedy = 'measure networks for images of one shape'
+        raise not_taken(model, images, e, remedy) from e
 
 def profiles(
     models: Sequence[nn.Module], # networks for images of one shape, measured in turns

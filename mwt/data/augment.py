@@ -108,8 +108,8 @@ def apply(self: Augment,
 ) -> Tensor: # same shape and dtype
     "Vary a batch, on its own device, in a few operations."
     if images.ndim != 4 or draws.shape != (len(images), 5):
-        raise WrongType(f"apply needs images (batch, channels, height, width) and draws (batch, 5), "
-                        f"not {tuple(images.shape)} and {tuple(draws.shape)}")
+        raise WrongType("apply needs images (batch, channels, height, width) and draws "
+                        f"(batch, 5), not {tuple(images.shape)} and {tuple(draws.shape)}")
     self.check(*images.shape[-2:])
     top, left, flip, row, column = draws.unbind(1)
     if self.pad: images = crop(images, top, left, self.pad)

@@ -476,7 +476,8 @@ class ImageData(SplitData):
             check_kind(name, batches, Batches, 'Batches; give loaders to fit as they are')
             if (batches.classes, batches.shape) == (self.classes, self.shape): continue
             raise WrongValue(f"{name} has the classes {batches.classes} and images of shape "
-                             f"{batches.shape}, train {self.classes} and {self.shape}; make them equal")
+                             f"{batches.shape}, train {self.classes} and {self.shape}; "
+                             "make them equal")
 
     def __repr__(self) -> str:
         channels, height, width = self.train.shape

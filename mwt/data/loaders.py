@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from ..core.checks import WHOLE, check_range, resolve_device, shown
+from ..core.checks import WHOLE, check_range, resolve_device
 from ..core.errors import WrongType, WrongValue
 from .batches import Batches, ImageData, SplitData, _check_classes, class_names
 from ..core.signature import Signature, check_pixels, signature_of

@@ -188,7 +188,8 @@ def _find(
 ) -> str | Path: # a known name, or a folder that exists
     "What a source means. Raises for one that means nothing."
     if not isinstance(source, (str, Path)):
-        raise WrongType(f"data must be a name ({', '.join(_NAMES)}) or a folder, not {shown(source)}")
+        names = ', '.join(_NAMES)
+        raise WrongType(f"data must be a name ({names}) or a folder, not {shown(source)}")
     if source in _NAMES: return source
     folder = _find_folder(source) if source else None
     if folder is not None: return folder

@@ -193,8 +193,8 @@ def make_method(
     "A method from its name. Raises `ValueError` for an unknown name or setting, or a bad value."
     kind = method if isinstance(method, type) else type(method)
     if issubclass(kind, Method) and not is_dataclass(kind):
-        raise WrongType(f'method {kind.__name__} must be a dataclass; write @dataclass(frozen=True) '
-                        'above its class')
+        raise WrongType(f'method {kind.__name__} must be a dataclass; write '
+                        '@dataclass(frozen=True) above its class')
     if isinstance(method, Method):
         if not settings: return method
         raise WrongValue(f"settings {sorted(settings)} given beside a ready-made method; "

@@ -49,9 +49,11 @@ def _check_fit(parts: Parts) -> None:
     "Raises where classes, layers and tensors do not fit each other."
     class_names(parts.classes)
     check_kind('sizes', parts.sizes, dict, 'a dictionary, masked layer -> its kernels')
-    for layer, size in parts.sizes.items(): check_range(f'sizes[{shown(layer)}]', size, 0, integer=True)
+    for layer, size in parts.sizes.items():
+        check_range(f'sizes[{shown(layer)}]', size, 0, integer=True)
     check_range('samples', parts.samples, 0, integer=True)
-    if parts.signature is not None: check_kind('signature', parts.signature, Signature, 'a Signature')
+    if parts.signature is not None:
+        check_kind('signature', parts.signature, Signature, 'a Signature')
     n, kernels, layers = len(parts.classes), sum(parts.sizes.values()), len(parts.sizes)
     shapes = [(n, kernels), (n, kernels), (n, layers), (n,)]
     for name, shape in zip(TENSORS, shapes):
@@ -78,7 +80,8 @@ def split(self: Parts,
     "Kernels of all layers, cut into layers."
     kernels = sum(self.sizes.values())
     if not isinstance(row, Tensor) or row.ndim == 0 or row.shape[-1] != kernels:
-        raise WrongType(f'row must be a tensor (..., {kernels}), one value a kernel, not {shown(row)}')
+        raise WrongType(f'row must be a tensor (..., {kernels}), one value a kernel, '
+                        f'not {shown(row)}')
     return dict(zip(self.sizes, row.split(list(self.sizes.values()), -1)))
 
 # %% ../../nbs/08_modules/02_parts.ipynb #0226eef9

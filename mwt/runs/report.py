@@ -101,7 +101,8 @@ def _module_files(
     "The modules to measure; files of the same name by their whole path."
     if isinstance(paths, (str, Path)): paths = [paths]
     check_kind('modules', paths, (list, tuple), 'a list of module files')
-    paths = [as_path(p, 'modules') for p in paths] or sorted(run.folder.glob('modules/*.safetensors'))
+    own = sorted(run.folder.glob('modules/*.safetensors'))
+    paths = [as_path(p, 'modules') for p in paths] or own
     stems = [p.stem for p in paths] + [FULL]
     return {p.stem if stems.count(p.stem) == 1 else str(p): p for p in paths}
 

@@ -149,7 +149,8 @@ def _check_images(source: str, seed: int, options: Mapping[str, Any]) -> None:
     reading = {name: options[name] for name in ('size', 'white', 'skip_broken', 'streaming')}
     workers = 0 if options['workers'] is None else options['workers']
     _check_options(options['batch_size'], seed, options['valid'], None, 'cpu', False)
-    _check_reading(source if source in _NAMES else Path(source), Reading(Path(), workers=workers, **reading))
+    where = source if source in _NAMES else Path(source)
+    _check_reading(where, Reading(Path(), workers=workers, **reading))
 
 # %% ../../nbs/09_runs/01_run.ipynb #49ca5f01
 def _described(
@@ -517,7 +518,8 @@ def save_module(self: Run, module: SlimModule) -> Path: # the file
 def save_metrics(self: Run, metrics: dict[str, Any]) -> Path: # the file
     "Keep the figures of the run."
     if not isinstance(metrics, dict) or not {'modularity', 'networks'} <= metrics.keys():
-        raise WrongType(f"metrics must be a dictionary with modularity and networks, not {shown(metrics)}")
+        raise WrongType("metrics must be a dictionary with modularity and networks, "
+                        f"not {shown(metrics)}")
     return write_json(self.path('metrics'), metrics)
 
 # %% ../../nbs/09_runs/01_run.ipynb #96d64078

@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from fastcore.basics import patch
 from matplotlib.axes import Axes
-from ..core.checks import (check_choice, check_flag, check_kind, check_range, nearest, own_numbers_,
-                             shown)
+from ..core.checks import (
+    check_choice, check_flag, check_kind, check_range, nearest, own_numbers_, shown)
 from ..core.display import Table, check_axes, percent
 from ..core.errors import WrongType, WrongValue
 
@@ -149,7 +149,8 @@ def _check_two_axes(axes: Any) -> None:
     "Raises `TypeError` for anything but a pair of axes."
     what = 'a pair of axes of Matplotlib, for losses and accuracies, or None'
     check_kind('axes', axes, (tuple, list, np.ndarray), what)
-    if np.ndim(axes) == 0 or len(axes) != 2: raise WrongType(f'axes must be {what}, not {shown(axes)}')
+    if np.ndim(axes) == 0 or len(axes) != 2:
+        raise WrongType(f'axes must be {what}, not {shown(axes)}')
     for ax in axes: check_axes(ax, 'axes')
 
 def plot_history(
