@@ -17,6 +17,7 @@ results/families.jsonl.
 from __future__ import annotations
 import time
 import warnings
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 import torch
@@ -37,6 +38,7 @@ SIDES = {
     'timm/inception_v4': 96,
     'timm/inception_resnet_v2': 96,
     'timm/legacy_xception': 96,
+    'timm/efficientformer_l1': 224,
 }
 TIMM = (
     'resnet10t',
@@ -212,7 +214,11 @@ def compare(model: ModularModel, x: Tensor) -> tuple[float, float]:  # differenc
     return max(errors), kept / sum(p.numel() for p in model.plain().parameters())
 
 
-def survey(name: str, side: int) -> dict[str, Any]:
+def survey(
+    name: str,  # of the network, in its row
+    side: int,  # of the images, pixels
+    make: Callable[[str], nn.Module] = make,  # the network by its name; it has 10 classes
+) -> dict[str, Any]:
     "A row for one network."
     torch.manual_seed(0)
     row = dict(network=name, side=side, verdict='refused', masked=0.0, kept=1.0, error=0.0, said='')
