@@ -121,6 +121,7 @@ def _names(classes: Any) -> list[str]:
     if not names: raise WrongValue('classes must be at least one, or None for all')
     return names
 
+# %% ../nbs/06_measure/01_measure.ipynb #bccd86c0
 def confusion(
     model: nn.Module, # any network
     batches: Batches | LoaderBatches | Iterable, # a split or a `DataLoader`

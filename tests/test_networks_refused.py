@@ -768,7 +768,10 @@ def test_convolutions_over_volumes_are_refused_by_name(kind: str, method: str) -
 
 
 def test_a_function_over_volumes_is_refused_by_name() -> None:
-    net = Between(lambda net, x: F.conv3d(x.unsqueeze(2), net.b.weight[:, :, None], padding=(0, 1, 1)).squeeze(2))
+    def through_a_volume(net: nn.Module, x: Tensor) -> Tensor:
+        return F.conv3d(x.unsqueeze(2), net.b.weight[:, :, None], padding=(0, 1, 1)).squeeze(2)
+
+    net = Between(through_a_volume)
     with pytest.raises(ValueError, match='the operation conv3d cannot be stored'):
         modularize(net, 4, example_input=X)
 

@@ -44,12 +44,13 @@ def three_steps(model: ModularModel, x: Tensor) -> None:
 def to_the_end(
     net: nn.Module, path: Path, x: Tensor = X, n_classes: int = 4, method: str = 'composable'
 ) -> tuple[ModularModel, SlimModule]:
-    """Modularize, three steps, three more without closed kernels, extract (which compares), save, load: all of
-    it, or an error of `modularize`. The images are normalised, as `fit` notes it, so the module takes pixels."""
+    """Modularize, three steps, three more without closed kernels, extract (which compares), save, load: all
+    of it, or an error of `modularize`. Images are normalised, as `fit` notes it; the module takes pixels."""
     model = modularize(net, n_classes, method, example_input=x)
     three_steps(model, x)
     n = x.shape[1]
-    model.signature = Signature([f'class {i}' for i in range(n_classes)], list(x.shape[1:]), [0.4] * n, [0.3] * n)
+    names = [f'class {i}' for i in range(n_classes)]
+    model.signature = Signature(names, list(x.shape[1:]), [0.4] * n, [0.3] * n)
     if smaller := model.smaller():
         three_steps(smaller[0], x)
     module = extract(model, random_parts(model, 0.5), [2, 0])

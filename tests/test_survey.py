@@ -1,7 +1,7 @@
-"""Networks of torchvision and timm as they come: made modular, trained for a step, cut and loaded, or refused.
+"""Networks of torchvision and timm as they come: made modular, trained for a step, cut, loaded, or refused.
 
-A handful of the survey in `benchmarks/families.py`, with its means: all of its networks take ten minutes. timm
-is one of the requirements for development, so these tests are never skipped.
+A handful of the survey in `benchmarks/families.py`, with its means: all of its networks take ten minutes.
+timm is one of the requirements for development, so these tests are never skipped.
 """
 
 from __future__ import annotations

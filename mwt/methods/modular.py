@@ -255,7 +255,8 @@ def cut_error(
     with torch.no_grad(): error = (slim(x) - expected).abs().max()
     return (error / expected.abs().max().clamp_min(torch.finfo(x.dtype).tiny)).item()
 
-def said(e: Exception) -> str: # its first line, or its kind
+def said(e: Exception) -> str:
+    "The first line of an error, or its kind."
     return (str(e) or type(e).__name__).splitlines()[0]
 
 def check_cut(
