@@ -99,13 +99,15 @@ def _only_results(step: Mapping[str, Any]) -> list[str] | None:
 # %% ../../nbs/08_modules/04_module.ipynb #9b369076
 MOST_STEPS = 100_000        # also of layers and of what holds them; 100 large networks side by side
 DEEPEST_PATH = 32           # names in the path of a layer
+ANY = nn.Module()           # what it has, such as `forward`, no layer can be called
 
 def check_path(
     path: str, # of a layer or tensor
 ) -> list[str]: # the paths of all that holds it
-    "Raises `ValueError` for a path that cannot be written into code."
+    "Raises `ValueError` for a path that cannot be written into code, or that means something else."
     names = path.split('.')
     plain = all(name and name.isprintable() and not set(name) & {'"', "'", '\\'} for name in names)
+    plain &= not any(hasattr(ANY, name) for name in names)
     if plain and len(path) <= 1000 and len(names) <= DEEPEST_PATH:
         return ['.'.join(names[:n]) for n in range(1, len(names))]
     raise WrongValue(f'a layer or tensor cannot be called {shortened(path)}')
