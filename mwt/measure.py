@@ -122,6 +122,7 @@ def _names(classes: Any) -> list[str]:
     if not names: raise WrongValue('classes must be at least one, or None for all')
     return names
 
+# %% ../nbs/06_measure/01_measure.ipynb #79bc5c39
 def confusion(
     model: nn.Module, # any network
     batches: Batches | LoaderBatches | Iterable, # a split or a `DataLoader`
@@ -147,7 +148,8 @@ def confusion(
             answers = logits.argmax(1)
             lost |= logits.isnan().any()
             counts += torch.bincount(labels * n + answers, minlength=n * n)
-    if batches.shared: counts = global_sum(counts)      # each process saw its rows only
+    if batches.shared:      # each process saw its rows only
+        counts, lost = global_sum(counts), global_sum(lost.float())
     if lost:
         raise WrongValue(f'{type(model).__name__} answers NaN; load its weights again, or give '
                          'images without NaN')
@@ -255,12 +257,13 @@ def profiles(
         check_is_network(model)
         check_weights(model)
     device = device_of(models[0])
-    with room_for(f'{batch_size=} images', 'take a smaller batch_size'):
+    room = f'{batch_size=} images', 'take a smaller batch_size'
+    with room_for(*room):
         x = torch.rand(batch_size, *_input_shape(models[0]), device=device)
     inputs = [x.to(input_dtype(m)) for m in models]
     for model, x in zip(models, inputs): _check_takes(model, x[:2])
     calls = {str(i): partial(m, x) for i, (m, x) in enumerate(zip(models, inputs))}
-    with ExitStack() as stack:
+    with room_for(*room), ExitStack() as stack:
         for m in models: stack.enter_context(evaluating(m))
         times = time_in_turns(calls, device, repeats)
     latencies = [t['seconds'] for t in times.values()]
