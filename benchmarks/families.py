@@ -15,7 +15,9 @@ results/families.jsonl.
 """
 
 from __future__ import annotations
-import time, warnings
+import time
+import warnings
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 import torch
@@ -23,6 +25,7 @@ import torchvision
 from torch import Tensor, nn
 from bench import arguments, keep, parse
 from latency import CLASSES, random_parts
+from mwt.core.signature import normalise
 from mwt.methods.modular import ModularModel, fixed_masks, modularize
 from mwt.modules.extract import extract
 from mwt.modules.module import load_module, save_module
@@ -35,6 +38,7 @@ SIDES = {
     'timm/inception_v4': 96,
     'timm/inception_resnet_v2': 96,
     'timm/legacy_xception': 96,
+    'timm/efficientformer_l1': 224,
 }
 TIMM = (
     'resnet10t',
@@ -197,10 +201,12 @@ def compare(model: ModularModel, x: Tensor) -> tuple[float, float]:  # differenc
     module = extract(model, parts, [2, 7])
     with TemporaryDirectory() as folder:
         loaded = load_module(save_module(module, f'{folder}/module.safetensors'))
+    pixels = x.sigmoid()
+    images = normalise(pixels, module.pixel_mean, module.pixel_std)
     with torch.no_grad(), fixed_masks(model, masks):
-        expected = model(x)[:, [2, 7]]
+        expected = model(images)[:, [2, 7]]
     with torch.no_grad():
-        answers = [m(x) for m in (module, loaded)]
+        answers = [m(pixels) for m in (module, loaded)]
     if expected.std(0).max() < 1e-9 * expected.abs().max():
         raise ValueError('the comparison is empty')
     errors = [((a - expected).abs().max() / expected.abs().max()).item() for a in answers]
@@ -208,7 +214,11 @@ def compare(model: ModularModel, x: Tensor) -> tuple[float, float]:  # differenc
     return max(errors), kept / sum(p.numel() for p in model.plain().parameters())
 
 
-def survey(name: str, side: int) -> dict[str, Any]:
+def survey(
+    name: str,  # of the network, in its row
+    side: int,  # of the images, pixels
+    make: Callable[[str], nn.Module] = make,  # the network by its name; it has 10 classes
+) -> dict[str, Any]:
     "A row for one network."
     torch.manual_seed(0)
     row = dict(network=name, side=side, verdict='refused', masked=0.0, kept=1.0, error=0.0, said='')

@@ -18,7 +18,7 @@ from .core.accepted import (check_answer, check_is_module, check_is_network,
                                check_weights)
 from .core.checks import check_choice, check_range, is_out_of_memory, room_for
 from .core.display import Table, percent
-from .core.errors import MwtError, WrongValue
+from .core.errors import MwtError, TrainingLost, WrongValue
 from .core.processes import global_sum
 from .core.nets import device_of, evaluating, input_dtype, untouched
 from .core.signature import Signature, signature_of
@@ -36,7 +36,7 @@ def n_outputs(
     "How many classes a network tells apart."
     try: example = find_example(model)
     except ValueError: return None
-    with evaluating(model): answer = model(example)
+    with evaluating(model), untouched(model): answer = model(example)
     check_answer(model, answer)
     return answer.shape[1]
 
@@ -45,8 +45,7 @@ def found_batches(
     batches: Batches | LoaderBatches | Iterable, # a split, a `DataLoader`, any batches
 ) -> Batches | LoaderBatches: # a loader's on the network's device
     "What a network is judged on. Raises `TypeError` or `ValueError` for what cannot be used."
-    if isinstance(batches, Batches): return batches
-    if isinstance(batches, LoaderBatches): return batches.to(device_of(model))
+    if isinstance(batches, (Batches, LoaderBatches)): return batches.to(device_of(model))
     return as_batches(batches, device=device_of(model), n_classes=n_outputs(model))
 
 # %% ../nbs/06_measure/01_measure.ipynb #714b6fd1
@@ -151,8 +150,8 @@ def confusion(
     if batches.shared:      # each process saw its rows only
         counts, lost = global_sum(counts), global_sum(lost.float())
     if lost:
-        raise WrongValue(f'{type(model).__name__} answers NaN; load its weights again, or give '
-                         'images without NaN')
+        raise TrainingLost(f'{type(model).__name__} answers NaN; its weights or the images hold '
+                           'NaN or infinite values')
     return counts.view(n, n).cpu()
 
 # %% ../nbs/06_measure/01_measure.ipynb #e2260509
@@ -176,11 +175,12 @@ def count_params(
 # %% ../nbs/06_measure/01_measure.ipynb #53f8db26
 def count_flops(
     model: nn.Module, # any network
-    x: Tensor, # (batch, channels, height, width), a batch as it takes it; the first image is used
+    x: Tensor, # (batch, channels, height, width), as it takes it; at most two images are used
 ) -> int: # floating point operations an image; a multiplication and an addition are two
     "The operations of one forward pass, counted by PyTorch."
-    with evaluating(model), FlopCounterMode(display=False) as counter: model(x[:1])
-    return counter.get_total_flops()
+    few = x[:2]         # some networks cannot do with one image (`x.squeeze()`)
+    with evaluating(model), FlopCounterMode(display=False) as counter: model(few)
+    return counter.get_total_flops() // len(few)
 
 # %% ../nbs/06_measure/01_measure.ipynb #0e98d96d
 def wait_for(

@@ -37,7 +37,7 @@ def test_quality(methods, tmp_path):
 
 
 SPEED = ['losses', *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end'))]
+    'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end', 'families'))]
 
 
 @pytest.mark.parametrize('name', SPEED)

@@ -473,7 +473,8 @@ def test_network_that_cannot_be_traced_is_named() -> None:
 
 
 def check_timm(name: str, side: int = 64) -> None:
-    timm = pytest.importorskip('timm')
+    import timm                             # takes seconds
+
     torch.manual_seed(0)
     x = torch.randn(2, 3, side, side)
     model = modularize(lively(timm.create_model(name, num_classes=10)), 10, example_input=x).eval()

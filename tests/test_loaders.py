@@ -305,3 +305,11 @@ def test_cuda() -> None:
     assert all(x.is_cuda and y.is_cuda for x, y in batches)
     assert numbers(batches) == numbers(batches.to('cpu'))
     assert numbers(batches.subset([1])) == [1, 4, 7, 10]
+
+
+def test_batches_for_a_module_must_be_pixels() -> None:
+    "Whatever the device: numbers are looked at before they go there."
+    batches = wrapped().pixels()
+    assert not wrapped().for_module and batches.subset(['b', 'a']).for_module
+    with pytest.raises(ValueError, match='a module takes pixels, .* not from 0 to 4'):
+        next(iter(batches))

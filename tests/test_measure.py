@@ -180,6 +180,12 @@ def test_a_model_that_has_a_plain_form_is_profiled_in_it() -> None:
     assert one.flops < two.flops and one.latency > 0
 
 
+def test_networks_of_several_types_are_profiled_side_by_side() -> None:
+    single, double = create_model('simcnn', width=.1), create_model('simcnn', width=.1).double()
+    a, b = profiles([single, double], repeats=1)
+    assert (a.params, a.flops) == (b.params, b.flops)
+
+
 # Networks by name
 
 def test_the_networks_of_the_tables() -> None:

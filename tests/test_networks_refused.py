@@ -726,10 +726,66 @@ def test_weights_are_viewed() -> None:
     fit(modularize(net, 4, example_input=X), DATA, 2, show_progress=False)
 
 
+# Other ranks
+
+
 @pytest.mark.parametrize('kind', [nn.Conv1d, nn.Conv3d])
 def test_other_ranks_are_trained(kind: type) -> None:
     "Also five-dimensional weights, which have no channels-last order."
     net = Small()
     net.unused = kind(8, 8, 3)
     fit(net, DATA, 1, show_progress=False)
-    fit(modularize(net, 4, example_input=X), DATA, 2, show_progress=False)
+
+
+def at_depth(net: nn.Module, x: Tensor) -> Tensor:
+    "Channels as two channels of four slices, and back."
+    return net.extra(x.reshape(x.shape[0], 2, 4, *x.shape[2:])).reshape(x.shape)
+
+
+def along_pixels(net: nn.Module, x: Tensor) -> Tensor:
+    return net.extra(x.flatten(2)).view(x.shape)
+
+
+def along_channels(net: nn.Module, x: Tensor) -> Tensor:
+    "Attention as in ECA: a convolution over the means of the channels."
+    means = net.extra(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
+    return x * means.sigmoid()[:, :, None, None]
+
+
+VOLUMES: dict[str, Callable[[], nn.Module]] = {
+    'used': lambda: Between(at_depth, nn.Conv3d(2, 2, 3, padding=1)),
+    'transposed': lambda: Between(at_depth, nn.ConvTranspose3d(2, 2, 1)),
+    'subclass': lambda: Between(at_depth, type('Deep', (nn.Conv3d,), {})(2, 2, 1)),
+    'unused': lambda: Between(lambda net, x: x, nn.Conv3d(2, 2, 1)),
+}
+
+
+@every_method
+@pytest.mark.parametrize('kind', VOLUMES)
+def test_convolutions_over_volumes_are_refused_by_name(kind: str, method: str) -> None:
+    with pytest.raises(ValueError, match=r'extra \((Conv3d|ConvTranspose3d|Deep)\) runs over volumes'):
+        modularize(VOLUMES[kind](), 4, method, example_input=X)
+
+
+def test_a_function_over_volumes_is_refused_by_name() -> None:
+    def through_a_volume(net: nn.Module, x: Tensor) -> Tensor:
+        return F.conv3d(x.unsqueeze(2), net.b.weight[:, :, None], padding=(0, 1, 1)).squeeze(2)
+
+    net = Between(through_a_volume)
+    with pytest.raises(ValueError, match='the operation conv3d cannot be stored'):
+        modularize(net, 4, example_input=X)
+
+
+LINES = {
+    'along pixels': (along_pixels, nn.Conv1d(8, 8, 3, padding=1)),
+    'along channels': (along_channels, nn.Conv1d(1, 1, 3, padding=1)),
+}
+
+
+@every_method
+@pytest.mark.parametrize('kind', LINES)
+def test_convolutions_over_lines_are_left_whole(kind: str, method: str, tmp_path: Path) -> None:
+    use, extra = LINES[kind]
+    model = whole_way(Between(use, copy.deepcopy(extra)), method, tmp_path)
+    [reason] = [i.reason for i in model.channels.infos if i.name == 'a']
+    assert reason == 'extra: Conv1d reads it'

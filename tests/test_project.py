@@ -15,7 +15,8 @@ EXPORTS = {'export', 'exports', 'exporti'}
 # What `import mwt` and `from mwt.all import *` give: all that most programs type.
 PUBLIC = set('''
     image_data from_tensors ImageData Batches Augment create_model modularize plain mask_table
-    Method MwT Composable MODA fit TrainConfig History save_checkpoint load_checkpoint evaluate profile
+    MwtError Method MwT Composable MODA fit TrainConfig History save_checkpoint load_checkpoint evaluate
+    profile
     decompose Parts save_parts load_parts extract SlimModule save_module load_module compose fine_tune
     plot_masks plot_coupling Table percent Run'''.split())
 
@@ -453,9 +454,31 @@ def test_package_is_complete(setup_arguments: dict[str, Any]) -> None:
     assert not (ROOT/'pyproject.toml').exists(), 'settings.ini and setup.py are the one place for metadata'
 
 
+def test_promises_of_safety_name_their_tests() -> None:
+    "SECURITY.md says which test shows what, and where to report a problem."
+    text = (ROOT/'SECURITY.md').read_text(encoding='utf-8')
+    named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', text)
+    assert len(named) >= 10
+    for file, test in named: assert f'def {test}(' in (ROOT/'tests'/file).read_text(encoding='utf-8'), test
+    assert '/security/advisories/new' in text and 'SECURITY.md' in (ROOT/'MANIFEST.in').read_text()
+
+
 def test_entry_points_lead_somewhere(setup_arguments: dict[str, Any]) -> None:
     for group in ('console_scripts', 'nbdev'):
         lines = setup_arguments['entry_points'][group]
         for line in [lines] if isinstance(lines, str) else lines:
             module, attribute = line.split('=')[1].split(':')
             assert hasattr(importlib.import_module(module), attribute), line
+
+
+def test_promises_name_tests_that_there_are() -> None:
+    "What the page on guarantees, and the one on security, name as their proof."
+    found = []
+    for page in ('nbs/tutorials/07_what_can_go_wrong.ipynb', 'SECURITY.md'):
+        path = ROOT/page
+        text = path.read_text(encoding='utf-8') if path.exists() else ''
+        found += re.findall(r'(test_\w+\.py)::(test_\w+)', text)
+    assert len(found) > 20
+    for file, name in found:
+        text = (ROOT/'tests'/file).read_text(encoding='utf-8')
+        assert re.search(rf'^def {name}\(', text, re.M), f'{file}::{name}'

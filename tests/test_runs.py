@@ -1,7 +1,7 @@
 "A run's folder has one owner, is complete or stopped, and survives signals, full disks and lost losses."
 
 from __future__ import annotations
-import errno, os, resource, shutil, signal, subprocess, sys, time
+import errno, os, resource, shutil, signal, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,8 @@ def test_same_command_starts_goes_on_and_is_complete(
 def test_scraps_of_a_killed_run_are_no_run(tmp_path: Path) -> None:
     out = tmp_path / 'run'
     out.mkdir()
-    scraps = [LOCK, '.resume.safetensors.k3x_90ab', '.tmpqT4x1z']
+    long = f'.{"cat" * 26}ca.safetensors.k3x_90ab'           # names are shortened, endings stay
+    scraps = [LOCK, '.resume.safetensors.k3x_90ab', '.tmpqT4x1z', long]
     for name in scraps:
         (out / name).write_text('{"process": 1')
     assert here(*WORDS, '--epochs', 1, '--out', out) == 0
@@ -219,7 +220,36 @@ def test_images_that_have_changed_are_refused(
     assert hashes(out) == before
     shutil.rmtree(images / 'cat')
     kept.rename(images / 'cat')
-    assert here(*words, '--resume') == 0
+    assert 'holds a run with shape [3, 8, 8], not [3, 16, 16]' in refused(*words, '--resume', '--size', 16)
+    assert 'holds a run with valid 0.1, not 0.2' in refused(*words, '--resume', '--valid', 0.2)
+    assert hashes(out) == before
+    assert here(*words, '--resume', '--accumulate', 2) == 0
+
+
+def test_complete_run_is_one_of_the_same_images(tmp_path: Path, refused: Callable) -> None:
+    names = [f'{c}/{i}.png' for c in ('cat', 'dog') for i in range(12)]
+    images, out = pictures(tmp_path / 'images', names), tmp_path / 'run'
+    others = pictures(tmp_path / 'others', [name.replace('cat', 'cow') for name in names])
+    words = ['--out', out, *small(tmp_path)]
+    assert here('train', '--data', images, *words) == 0
+    moved = images.rename(tmp_path / 'moved')
+    assert here('train', '--data', moved, *words, '--resume') == 0
+    said = refused('train', '--data', others, *words, '--resume')
+    assert f'holds a complete run of {images}, whose images are not those of {others}' in said
+    assert 'holds a complete run of' in refused('train', '--data', 'digits', *words, '--resume')
+
+
+def test_images_that_have_changed_since_training(tmp_path: Path) -> None:
+    "They may be judged, and it is said."
+    images = pictures(tmp_path / 'images', [f'{c}/{i}.png' for c in ('cat', 'dog') for i in range(12)])
+    options = dict(width=0.1, epochs=1, batch_size=8, root=tmp_path / 'data')
+    Run.create(tmp_path / 'run', images, **options).train('cpu', show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Run.open(tmp_path / 'run').data('cpu')
+    pictures(tmp_path, ['images/cat/100.png'])
+    with pytest.warns(UserWarning, match='have changed since training'):
+        Run.open(tmp_path / 'run').data('cpu')
 
 
 # Full disks
@@ -334,6 +364,14 @@ def test_every_method_learns_in_pieces(kind: str, data: ImageData) -> None:
     assert a.rows[0].keys() == b.rows[0].keys()
     assert b.rows[0]['cross_entropy'] == pytest.approx(a.rows[0]['cross_entropy'], rel=0.2)
     assert not same_state(*models), 'norms use the statistics of a piece'
+
+
+@pytest.mark.parametrize('n, pieces', [(64, [16] * 4), (62, [16, 16, 15, 15]), (5, [3, 2]), (1, [1])])
+def test_no_piece_is_a_single_image(n: int, pieces: list[int]) -> None:
+    trainer, seen = Trainer(network(), TrainConfig(accumulate=4), 10), []
+    trainer.backward_ = lambda images, labels, *_: seen.append(len(labels)) or {}
+    trainer.accumulate_(torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.long))
+    assert seen == pieces
 
 
 def test_pieces_that_are_too_small(data: ImageData) -> None:

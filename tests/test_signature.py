@@ -43,7 +43,7 @@ def data() -> ImageData: return splits()
 
 
 def network(kind: str, seed: int = 0) -> nn.Module:
-    net = create_model('simcnn', 4, .1, seed=seed)
+    net = create_model('simcnn', 4, .2, seed=seed)
     return net if kind == 'plain' else modularize(net, 4, kind, torch.zeros(1, 3, 16, 16))
 
 
@@ -53,7 +53,7 @@ def trained(data: ImageData) -> Callable[[str], nn.Module]:
     def make(kind: str) -> nn.Module:
         if kind not in models:
             models[kind] = network(kind)
-            fit(models[kind], data, 8, show_progress=False)
+            fit(models[kind], data, 16, show_progress=False)
         return copy.deepcopy(models[kind])
     return make
 

@@ -36,7 +36,7 @@ def _silence(model: nn.Module, info: LayerInfo, keep: Tensor) -> None:
     off = ~keep.to(device_of(model))
     for name in [n for n in (info.name, info.norm) if n]:
         layer = model.get_submodule(name)
-        for p in (layer.weight, layer.bias, getattr(layer, 'running_mean', None)):
+        for p in (getattr(layer, word, None) for word in ('weight', 'bias', 'running_mean')):
             if p is not None: p[off] = 0
 
 # %% ../../nbs/04_channels/05_cut.ipynb #af1831ff
@@ -105,12 +105,12 @@ def slice_channels_(
     keep: Mapping[str, Tensor], # layer -> (kernels,), boolean: the kernels to keep; others keep all
 ) -> nn.Module: # the same network in eval mode, without the channels that nobody keeps
     "Cut kernels out of a network. Raises `ValueError` where a layer would be left without any."
+    for name, kept in keep.items():
+        if kept.any(): continue
+        raise WrongValue(f"{name}: no kernel is kept; a network without this layer's kernels "
+                         "computes nothing")
     for info in channels.infos:
-        if info.name not in keep: continue
-        if not keep[info.name].any():
-            raise WrongValue(f"{info.name}: no kernel is kept; a network without this layer's "
-                             "kernels computes nothing")
-        _silence(model, info, keep[info.name])
+        if info.name in keep: _silence(model, info, keep[info.name])
     stays = kept_channels(channels, keep)
     for name, layer in channels.layers.items():
         if name in channels.folded: continue

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from .rules import RULES, SHAPE_READERS, STOCHASTIC_DEPTH, full_name
+from .rules import RULES, SHAPE_READERS
+from .trace import STOCHASTIC_DEPTH, full_name, put_at_
 
 # %% auto #0
 __all__ = []
@@ -20,12 +21,17 @@ __all__ = []
 # %% ../../nbs/04_channels/07_operations.ipynb #e37c3716
 MEMORY = ('empty', 'resize', 'strided', 'set_', 'pin_memory', 'data', 'unsafe', 'sparse', 'cuda',
           'cpu', 'mkldnn', 'requires_grad', 'quantize', 'int_repr', 'q_per', 'coalesce')
+NAMED = ('segment_reduce', 'ctc_loss', 'slice_inverse', 'smm', 'hspmm', 'sspaddmm', 'to_dense',
+         'to_padded_tensor', 'crow_indices', 'ccol_indices', 'col_indices', 'row_indices', 'indices',
+         'values', 'index', 'crow_indices_copy', 'col_indices_copy', 'indices_copy', 'values_copy')
+VOLUMES = ('conv3d', 'conv_transpose3d', 'convtranspose3d')     # `check_flat` refuses their layers
 
 def takes_and_returns_tensors(
     name: str, # of an operator, as ATen calls it, e.g. 'relu_' or 'linalg_norm'
 ) -> bool:
     "Does this operator compute tensors of tensors, by PyTorch's own register?"
-    if name.startswith('_') or any(word in name for word in MEMORY): return False
+    left_out = name[0] == '_' or name in NAMED
+    if left_out or any(word in name for word in (*MEMORY, *VOLUMES)): return False
     for schema in torch._C._jit_get_schemas_for_operator(f'aten::{name}'):
         first = str(schema.arguments[0].type) if schema.arguments else ''
         returned = [str(r.type) for r in schema.returns]
@@ -52,6 +58,7 @@ def is_tensor_function(
     parameters = list(inspect.signature(function).parameters.values())
     takes_code = any('Callable' in str(p.annotation) for p in parameters)
     tensor_first = parameters[0].name == 'input' or 'Tensor' in str(parameters[0].annotation)
+    if function.__name__ in NAMED: return False
     return not takes_code and (tensor_first or function in OVERRIDABLE)
 
 # %% ../../nbs/04_channels/07_operations.ipynb #f2fba698
@@ -92,7 +99,7 @@ SIGNS = [n for n in (*fx.graph.magic_methods, *fx.graph.inplace_methods) if n !=
 
 FUNCTIONS: dict[str, Callable] = {
     **named('operator', operator, SIGNS), **named('torch', torch, FILLED),
-    **named('math', math, NUMBERS), 'stochastic_depth': _stochastic_depth}
+    **named('math', math, NUMBERS), 'stochastic_depth': _stochastic_depth, 'put_at_': put_at_}
 for prefix, place in PLACES.items(): FUNCTIONS |= functions_of(prefix, place)
 
 NAMES: dict[Callable, str] = {}             # function -> its name in files, the first of several
@@ -105,8 +112,8 @@ DTYPES: dict[str, torch.dtype] = {
     n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
 
 METHOD_NAMES: frozenset[str] = frozenset(
-    name for name in dir(Tensor)
-    if takes_and_returns_tensors(name) or name in (*DTYPES, *QUESTIONS, *RULES))
+    name for name in dir(Tensor) if callable(getattr(Tensor, name))
+    and (takes_and_returns_tensors(name) or name in (*DTYPES, *QUESTIONS, *RULES)))
 
 RESULTS = {n for kind in vars(torch.return_types).values() if isinstance(kind, type)
            for n in getattr(kind, '__match_args__', ())}        # 'values', 'indices', ...
@@ -121,7 +128,8 @@ def _is_layer(kind: Any) -> bool:
     if not isinstance(kind, type) or not issubclass(kind, nn.Module): return False
     package, _, module = kind.__module__.rpartition('.')
     computes = kind.forward is not nn.Module.forward and not kind.__name__.startswith('Lazy')
-    return package == 'torch.nn.modules' and module not in NO_LAYERS and computes
+    known = package == 'torch.nn.modules' and module not in NO_LAYERS
+    return known and computes and kind.__name__.lower() not in VOLUMES
 
 LAYERS: dict[str, type[nn.Module]] = {n: c for n, c in vars(nn).items() if _is_layer(c)}
 

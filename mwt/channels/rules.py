@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from ..core.errors import WrongValue
 from ..core.nets import evaluating
-from .trace import _traced, known_class, tidy_
+from .trace import STOCHASTIC_DEPTH, _traced, full_name, known_class, tidy_
 from .groups import Activation, ChannelGroups, compact, varying
 
 # %% auto #0
@@ -227,11 +227,6 @@ def _pinned(tracker: ChannelTracker, value: Any, reason: str, least: int = 0) ->
     return Activation(ids.view([1] * value.ndim).expand(value.shape))
 
 # %% ../../nbs/04_channels/03_rules.ipynb #3dd51790
-def full_name(function: Any) -> str:
-    "The module of a function and its name in it; empty for what has none."
-    if not hasattr(function, '__qualname__'): return ''
-    return f'{function.__module__}.{function.__qualname__}'
-
 @patch
 def follow(self: ChannelTracker, node: fx.Node) -> Any:
     "The activation of an operation's result."
@@ -384,7 +379,7 @@ def compute(self: ChannelTracker, node: fx.Node) -> Any:
     "The result of an operation without its values. Raises `ValueError` where values are needed."
     try:
         with torch.device('meta'): return super(ChannelTracker, self).run_node(node)
-    except (RuntimeError, NotImplementedError, TypeError, IndexError) as e:
+    except (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError) as e:
         said = (str(e) or type(e).__name__).splitlines()[0]
         raise WrongValue(f"{node.name}: the size of its result depends on the values that it reads, "
                          f"so nothing can be cut ({said}); use an operation whose result has a size of "
@@ -402,7 +397,7 @@ def _sizes(node: fx.Node, layer: nn.Module | None) -> tuple[Any, ...] | None:
     if layer is not None: return () if isinstance(layer, nn.Unflatten) else None
     name = node.target if isinstance(node.target, str) else node.target.__name__
     if name == 'unflatten': return ()
-    if name not in ('view', 'reshape'): return None
+    if name not in ('view', 'reshape', 'expand'): return None
     sizes = node.args[1:] or (node.kwargs.get('shape', node.kwargs.get('size')),)
     if isinstance(sizes[0], (tuple, list)): sizes = tuple(sizes[0])
     return () if len(sizes) == 1 and isinstance(sizes[0], fx.Node) else sizes
@@ -416,6 +411,9 @@ def check_view(
 ) -> None:
     "Couple or pin channels along dimensions of constant size."
     constant = {d for d, size in enumerate(sizes) if isinstance(size, int) and size != -1}
+    if node.target == 'expand':             # its sizes are those that are there
+        if constant & set(varying(result)): tracker.groups.pin(result, f'{node.name} says how many they are')
+        return
     if not sizes: constant = set(range(result.ndim))
     for d in constant & set(varying(result)): tracker.groups.couple(result.narrow(d, 0, 1), result)
     if len(varying(tracker.groups.root[result])) > 1:
@@ -453,6 +451,7 @@ def move(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None) -> Any
     if not isinstance(result, Tensor): return pieces(tracker, node, activation, list(result))
     sizes = _sizes(node, layer)
     if sizes is not None and varying(activation.ids): check_view(tracker, node, result, sizes)
+    if _squeezes(node): keep_two(tracker, node, activation)
     return Activation(result, activation.mask_layers, activation.zeros_lost_at)
 
 def _moved(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None, ids: Tensor) -> Any:
@@ -462,6 +461,23 @@ def _moved(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None, ids:
     ids = ids.contiguous() if node.target == 'view' else ids.view(ids.shape)    # not in place
     if isinstance(node.target, str): return getattr(ids, node.target)(*args[1:], **kwargs)
     return node.target(ids, *args[1:], **kwargs)
+
+# %% ../../nbs/04_channels/03_rules.ipynb #7b5cc99d
+def _squeezes(node: fx.Node) -> bool:
+    "Is this a squeeze, however it is spelled?"
+    return (getattr(node.target, '__name__', node.target)).rstrip('_') == 'squeeze'
+
+def keep_two(
+    tracker: ChannelTracker,
+    node: fx.Node, # the squeeze
+    activation: Activation, # that it reads
+) -> None:
+    "Pin two channels along each dimension that a squeeze takes out when one is left."
+    args, kwargs = tracker.fetch_args_kwargs_from_env(node)
+    dims = args[1] if len(args) > 1 else kwargs.get('dim', range(activation.ids.ndim))
+    asked = {d % activation.ids.ndim for d in ([dims] if isinstance(dims, int) else dims)}
+    for d in asked & set(varying(activation.ids)):
+        tracker.groups.pin(activation.ids.narrow(d, 0, 2), f'{node.name} takes a single channel for none')
 
 # %% ../../nbs/04_channels/03_rules.ipynb #7e67d44c
 def _chooses(index: Any, many: list[int]) -> bool:
@@ -697,8 +713,6 @@ ONE_NUMBER = spellings(*'''
     clamp clamp_min clamp_max clip exp neg negative abs sqrt square pow
     dropout dropout1d dropout2d alpha_dropout zeros_like ones_like full_like'''.split())
 
-STOCHASTIC_DEPTH = 'torchvision.ops.stochastic_depth.stochastic_depth'  # takes seconds to import
-
 MARKED = [key for name in pointwise() for key in spellings(name)]
 
 @rule(*MARKED, *ONE_NUMBER, STOCHASTIC_DEPTH)
@@ -708,7 +722,7 @@ def elementwise(tracker: ChannelTracker, node: fx.Node, layer: nn.Module | None)
     one = isinstance(activation, Activation) and isinstance(tracker.env[node], Tensor)
     if len(read) > 1: return of_several(tracker, node, layer, read)
     if not one or activation.ids.shape != tracker.env[node].shape: return unknown(tracker, node, layer)
-    return _if_zeros_stay(tracker, node, layer, activation.ids, (1, 1, 1, 1))
+    return _if_zeros_stay(tracker, node, layer, activation.ids, (1,) * activation.ids.ndim)
 
 # %% ../../nbs/04_channels/03_rules.ipynb #93d46923
 def of_several(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 import torch
@@ -78,11 +79,12 @@ def value(self: Tracer, node: fx.Node) -> Any:
         self.runner = fx.Interpreter(self.weightless, graph=self.graph)
     env = self.runner.env = self.values
     self.computing = True           # layers are called, not recorded
-    with torch.no_grad(), torch.device('meta'):
-        for n in self.graph.nodes:
-            if n in env: continue
-            env[n] = self.example.to('meta') if n.op == 'placeholder' else _run(self.runner, n)
-    self.computing = False
+    try:
+        with torch.no_grad(), torch.device('meta'):
+            for n in self.graph.nodes:
+                if n in env: continue
+                env[n] = self.example.to('meta') if n.op == 'placeholder' else _run(self.runner, n)
+    finally: self.computing = False
     if isinstance(env[node], Exception): raise fx.proxy.TraceError(BRANCHES) from env[node]
     return env[node]
 
@@ -111,7 +113,7 @@ def iter(self: Tracer, obj: fx.Proxy) -> Iterator[fx.Proxy]:
     return (obj[i] for i in range(len(self.decided(obj))))
 
 # %% ../../nbs/04_channels/01_trace.ipynb #551dbf80
-class NotInNetwork(ValueError):
+class NotInNetwork(WrongValue):
     "A forward pass calls a layer that is no part of the network."
 
 @patch
@@ -153,8 +155,12 @@ def tidy_(
     for node in reversed(graph.nodes):
         needed = node is first or node.users or node.op in ('output', 'call_module') or node in keep
         if not needed and not in_place(node): graph.erase_node(node)
+    tensors: dict[Any, fx.Node] = {}        # a tensor that is read twice is one value
     for node in graph.nodes:
         if node.op == 'call_function' and not node.args: _by_place(node)
+        if node.op != 'get_attr' or tensors.setdefault(node.target, node) is node: continue
+        node.replace_all_uses_with(tensors[node.target])
+        graph.erase_node(node)
     return graph
 
 def _by_place(node: fx.Node) -> None:
@@ -162,6 +168,44 @@ def _by_place(node: fx.Node) -> None:
         if name in node.kwargs:
             node.args = (node.kwargs[name],)
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != name}
+
+# %% ../../nbs/04_channels/01_trace.ipynb #37987b9c
+STOCHASTIC_DEPTH = 'torchvision.ops.stochastic_depth.stochastic_depth'  # takes seconds to import
+
+def full_name(function: Any) -> str:
+    "The module of a function and its name in it; empty for what has none."
+    if not hasattr(function, '__qualname__'): return ''
+    return f'{function.__module__}.{function.__qualname__}'
+
+@contextmanager
+def looking_inside() -> Iterator[None]:
+    "Inside the block, functions that a library has closed to traces are open."
+    closed = fx._symbolic_trace._wrapped_fns_to_patch       # (space, name) -> its variables
+    before = dict(closed)
+    for (space, name), variables in before.items():
+        function = variables.get(name)
+        if inspect.isfunction(function) and full_name(function) != STOCHASTIC_DEPTH:
+            del closed[space, name]
+    try: yield
+    finally: closed.update(before)
+
+# %% ../../nbs/04_channels/01_trace.ipynb #97014a9f
+def put_at_(
+    x: Tensor, # changed
+    index: Any, # of a part of it
+    value: Any, # for that part
+) -> Tensor: # the same
+    "What `x[index] = value` does."
+    x[index] = value
+    return x
+
+class Assignable(fx.Proxy):
+    "Stands for a result, and notes assignments to its parts."
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy('call_function', put_at_, (self, index, value), {})
+
+@patch
+def proxy(self: Tracer, node: fx.Node) -> fx.Proxy: return Assignable(node, self)
 
 # %% ../../nbs/04_channels/01_trace.ipynb #ce5a9557
 @patch
@@ -172,7 +216,7 @@ def trace(self: Tracer,
     "The operations of a network."
     images = next(iter(inspect.signature(root.forward).parameters), '')
     constants = {k: v for k, v in (concrete_args or {}).items() if k != images}
-    with untouched(root):
+    with untouched(root), looking_inside():
         graph = fx.Tracer.trace(self, root, constants or None)
         made = {k: v for k, v in vars(root).items() if k.startswith('_tensor_constant')}
     vars(root).update(made)             # tensors that the forward pass makes belong to the graph
@@ -200,6 +244,7 @@ def _traced(
     model: nn.Module, # any network
     known: Container[type] = (), # classes of layers that are one operation
     example: Tensor | None = None, # an input that it accepts
+    to_run: bool = True, # give the network the tensors that its forward pass makes: the graph reads them
 ) -> tuple[fx.Graph, Tracer]: # operations in running order; who recorded them
     "A network's operations in the mode that it is in."
     tracer, root = Tracer(known, example), copied(model)
@@ -213,8 +258,8 @@ def _traced(
             f"{type(model).__name__} cannot be traced{_inside(tracer)}: {e}. Its forward pass must "
             "not branch on tensor values or change between calls; rewrite that part with "
             "torch.where, or put it into a layer of its own that torch.fx can follow") from e
-    for name, value in vars(root).items():
-        if name.startswith('_tensor_constant'): setattr(model, name, value)
+    made = {k: v for k, v in vars(root).items() if k.startswith('_tensor_constant')}
+    if to_run: vars(model).update(made)
     return graph, tracer
 
 def _inside(tracer: Tracer) -> str:
@@ -230,6 +275,30 @@ def trace(
     "Trace a network. Raises `ValueError` for a forward pass that depends on its data."
     with evaluating(model): return tidy_(_traced(model, example=example)[0])
 
+# %% ../../nbs/04_channels/01_trace.ipynb #a4a6be8d
+class _Gradients(fx.Interpreter):
+    "Notes which operations get a gradient, and which only read what has one."
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.learns = getattr(self, 'learns', {}) | {n: _learns(value)}
+        return value
+
+def without_gradient(
+    model: nn.Module, # any network; run in eval mode
+    example: Tensor, # an input that it accepts
+) -> list[str]: # names of operations
+    "The operations that read something with a gradient and return nothing with one."
+    runner = _Gradients(copied(model).eval(), graph=trace(model, example))
+    with torch.enable_grad(): runner.run(example.clone().requires_grad_() * 1)
+    lost = [n for n, learns in runner.learns.items() if not learns and n.op.startswith('call')
+            and n.target is not getattr and any(runner.learns[i] for i in n.all_input_nodes)]
+    return [str(getattr(n.target, '__name__', n.target)) for n in lost]
+
+def _learns(value: Any) -> bool:
+    "Does a gradient get to this result, or to one of several?"
+    if isinstance(value, (tuple, list)): return any(_learns(v) for v in value)
+    return isinstance(value, Tensor) and value.requires_grad
+
 # %% ../../nbs/04_channels/01_trace.ipynb #8b9b15ba
 def input_channels(
     model: nn.Module, # any network with a convolution
@@ -243,7 +312,9 @@ def input_channels(
         check_unwrapped(model)
         raise WrongValue(f"{type(model).__name__} has no nn.Conv2d layer; only convolutional "
                          "networks can be made modular")
-    try: running = [n.target for n in trace(model).nodes if n.op == 'call_module']
+    try:
+        with evaluating(model): graph, _ = _traced(model, known=(nn.Conv2d,), to_run=False)
+        running = [n.target for n in graph.nodes if n.op == 'call_module']
     except ValueError: running = []
     first = next((name for name in running if name in convs), next(iter(convs)))
     return convs[first].in_channels
@@ -251,6 +322,16 @@ def input_channels(
 # %% ../../nbs/04_channels/01_trace.ipynb #3f13d3a1
 SIZES = (32, 64, 128, 224, 299)     # pixels, from CIFAR to Inception
 REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError)   # how networks refuse an input
+
+def _finite(
+    model: nn.Module, # any network
+    x: Tensor, # numbers around zero
+) -> Tensor: # those, or numbers from 0 to 1 where only they have an answer (`x.log()`)
+    "The images that a network answers with finite numbers, if it does so for any."
+    for images in (x, x.sigmoid()):
+        with evaluating(model), untouched(model): answer = model(images)
+        if not isinstance(answer, Tensor) or answer.isfinite().all(): return images
+    return x
 
 def find_example(
     model: nn.Module, # any network
@@ -266,11 +347,9 @@ def find_example(
     errors = []
     for shape in shapes:
         x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        if getattr(model, 'takes_pixels', False): x = x.sigmoid()
+        if getattr(model, 'takes_pixels', False) is True: x = x.sigmoid()
         x = x.to(device_of(model), like.dtype)
-        try:
-            with evaluating(model), untouched(model): model(x)
-            return x
+        try: return _finite(model, x)
         except REFUSALS as e:
             errors.append(f'{shape}: {(str(e) or type(e).__name__).splitlines()[0]}')
     raise WrongValue(

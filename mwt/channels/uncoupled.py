@@ -41,8 +41,8 @@ class ActivationCut:
         self.root = self.tracker.groups.root
         found = self.tracker.activations
         self.flows = {n: f for n, f in found.items() if f is not None}
-        points = [n for n in self.flows if is_point(n, self.layer(n))]
-        self.points = {n.name: n for n in points}
+        self.candidates = {n.name: n for n in self.flows if is_point(n, self.layer(n))}
+        self.points = {k: n for k, n in self.candidates.items() if not self.channels_last(n)}
         self.pinned = self.find_pinned()
         if stays is not None: self.pinned[self.root[stays]] = True
 
@@ -101,8 +101,8 @@ def find_pinned(self: ActivationCut) -> Tensor: # (roots,) boolean
     "Channels that no mask may drop."
     pinned = self.nothing()
     for number in self.tracker.groups.reasons(): pinned[self.root[number]] = True
-    for node in self.points.values():
-        if self.channels_last(node): pinned |= self.roots(node)
+    for name, node in self.candidates.items():
+        if name not in self.points: pinned |= self.roots(node)
     functions = {name for node, name in self.tracker.calls.items() if node.op != 'call_module'}
     for name, layer in self.tracker.layers.items():
         # one that runs twice cannot be cut in two ways; a function's number of groups is fixed

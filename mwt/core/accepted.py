@@ -242,6 +242,17 @@ def check_own_forward(
         raise WrongValue(f'{path or "model"}: its forward pass was replaced on the object; write '
                          'a class with that forward pass')
 
+# %% ../../nbs/01_core/08_accepted.ipynb #16bb7196
+def check_flat(
+    model: nn.Module, # any network
+) -> None:
+    "Raises `ValueError` for a network with three-dimensional convolutions."
+    for path, layer in model.named_modules():
+        if not isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)): continue
+        raise WrongValue(f'{path or "model"} ({type(layer).__name__}) runs over volumes, and only '
+                         'networks for images can be made modular; use nn.Conv2d, or take the layer '
+                         'off the network')
+
 # %% ../../nbs/01_core/08_accepted.ipynb #ec7d1247
 def check_named_input(
     model: nn.Module, # a network
@@ -266,6 +277,7 @@ def check_can_be_cut(
     check_own_weights(model)
     check_finite_weights(model)
     check_own_forward(model)
+    check_flat(model)
 
 # %% ../../nbs/01_core/08_accepted.ipynb #deba0e53
 def check_answer(

@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -170,16 +171,32 @@ def as_json(
                         'use dictionaries, lists, text and numbers') from e
 
 # %% ../../nbs/01_core/03_files.ipynb #19641953
+VERSION = 2     # of the files that are written; those of 0.1.0 have none and count as version 1
+
+def _bytes(t: Tensor) -> np.ndarray: return t.reshape(-1).view(torch.uint8).numpy()
+
 def _checksum(
     tensors: Mapping[str, Tensor], # by name, on the CPU and contiguous
     about: str, # the description, as JSON
+    kind: str = '', # of the file
 ) -> str: # 64 hexadecimal digits
-    "A SHA-256 over names, types, shapes, values and the description."
+    "A SHA-256 over version, kind, description, names, types, shapes and values."
+    names = sorted(tensors)
+    facts = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    found = hashlib.sha256(json.dumps([VERSION, kind, about, facts]).encode())
+    for name in names: found.update(_bytes(tensors[name]))
+    return found.hexdigest()
+
+def _checksum_1(
+    tensors: Mapping[str, Tensor], # by name, on the CPU and contiguous
+    about: str, # the description, as JSON
+) -> str: # 64 hexadecimal digits
+    "That of version 1: it knows neither version nor kind."
     found = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         t = tensors[name]
         found.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
-        found.update(t.reshape(-1).view(torch.uint8).numpy())
+        found.update(_bytes(t))
     return found.hexdigest()
 
 # %% ../../nbs/01_core/03_files.ipynb #13c79b02
@@ -189,12 +206,50 @@ def save_tensors(
     tensors: Mapping[str, Tensor], # by name, on any device
     about: Mapping[str, Any], # anything JSON can hold
 ) -> Path: # the path
-    "Write tensors and a description, atomically."
+    "Write tensors and a description, atomically. Raises `ValueError` for too many words."
     path = as_path(path)
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     words = as_json(about)
-    metadata = dict(format=f'mwt-{kind}', about=words, sha256=_checksum(tensors, words))
-    return atomic_write(path, lambda p: save_file(tensors, p, metadata))
+    metadata = dict(format=f'mwt-{kind}', version=str(VERSION), about=words,
+                    sha256=_checksum(tensors, words, kind))
+    def write(p: Path) -> None:
+        save_file(tensors, p, metadata)
+        if (length := header_length(p)) > LARGEST_TEXT:
+            raise WrongValue(f"{path}: names and description of this {kind} take {length:,} bytes; "
+                             f"at most {LARGEST_TEXT:,}")
+    return atomic_write(path, write)
+
+# %% ../../nbs/01_core/03_files.ipynb #a1b1bfe9
+LARGEST_TEXT = 32 << 20     # bytes; Python needs up to 40 times as much memory for what it says
+
+def header_length(
+    path: Path, # a safetensors file
+) -> int: # bytes, as the file says
+    "How long names, shapes and description are."
+    with path.open('rb') as f: return int.from_bytes(f.read(8), 'little')
+
+def shortened(
+    value: Any, # from a file
+) -> str: # fit for an error
+    "How Python writes a value, but for what is long."
+    text = repr(value)
+    return text if len(text) <= 60 else f'{text[:57]}...'
+
+def _number(text: str) -> int | str: # the text, where it is no number
+    return int(text) if re.fullmatch('[1-9][0-9]{0,17}', text) else text
+
+def check_version(
+    path: str | Path, # of the file
+    version: Any, # that it names
+    remedy: str, # for a damaged one
+) -> None:
+    "Raises `ValueError` for a version that is newer than this mwt, or none."
+    if type(version) is int and 2 <= version <= VERSION: return
+    found = shortened(version)
+    if type(version) is int and version > VERSION:
+        raise WrongValue(f"{path} is of version {found} of the format, and this mwt reads versions up "
+                         f"to {VERSION}; upgrade it: pip install --upgrade mwt")
+    raise WrongValue(f"{path} is damaged (its version is {found}); {remedy}")
 
 # %% ../../nbs/01_core/03_files.ipynb #b1c9ad9b
 def _read_safetensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -202,9 +257,10 @@ def _read_safetensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[st
     if not is_file(path):
         raise NotFound(f"no {kind} at {shown(str(path))[1:-1]}; check the path, or make one first")
     try:
+        if header_length(path) > LARGEST_TEXT: raise SafetensorError('header too large')
         with safe_open(path, 'pt') as f:
             return {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise WrongValue(f"{path} is truncated, damaged or no safetensors file ({e}); "
                          f"make the {kind} again") from e
 
@@ -218,7 +274,12 @@ def load_tensors(
     again = f'make the {kind} again'
     if (found := metadata.get('format')) != f'mwt-{kind}':
         raise WrongValue(f"{path} is not a {kind} written by mwt (its format is {found!r})")
-    if metadata.get('sha256') != _checksum(tensors, metadata.get('about', '')):
+    words = metadata.get('about', '')
+    if 'version' not in metadata: expected = _checksum_1(tensors, words)
+    else:
+        check_version(path, _number(metadata['version']), again)
+        expected = _checksum(tensors, words, kind)
+    if metadata.get('sha256') != expected:
         raise WrongValue(f"{path} is damaged: its checksum does not fit its content; {again}")
     try: about = json.loads(metadata['about'])
     except (KeyError, ValueError, RecursionError) as e:
@@ -227,26 +288,75 @@ def load_tensors(
         raise WrongValue(f"{path} holds a description that is no dictionary; {again}")
     return tensors, about
 
+# %% ../../nbs/01_core/03_files.ipynb #60523256
+SENSELESS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+             ValueError)
+
+@contextmanager
+def describes(
+    path: str | Path, # of a file that is being read
+    what: str, # it should describe, with an article
+) -> Iterator[None]:
+    "Inside the block whatever goes wrong is a `ValueError` that names the file."
+    try: yield
+    except SENSELESS as e:
+        why = str(e)[:1000]
+        if isinstance(e, KeyError): why = f'{shortened(e.args[0])} is missing'
+        raise WrongValue(f"{path} does not describe {what} that this version of mwt knows: "
+                         f"{why}") from e
+
 # %% ../../nbs/01_core/03_files.ipynb #61bd437b
 def write_json(
     path: Path, # the file to make or replace
-    content: Any, # anything JSON can hold
+    content: Mapping[str, Any], # anything JSON can hold; no key is 'format'
 ) -> Path: # `path`
-    "Write JSON, atomically."
-    text = as_json(content, indent=1)
-    return atomic_write(path, lambda p: p.write_text(text, encoding='utf-8'))
+    "Write JSON with a checksum, atomically."
+    blank = as_json(dict(content) | dict(format=dict(version=VERSION, sha256='')), indent=1)
+    start, mark, end = blank.rpartition('"sha256": ""')
+    text = f'{start}{mark[:-1]}{_sha256(blank)}"{end}'
+    return atomic_write(path, lambda p: p.write_bytes(text.encode()))
+
+def _sha256(text: str) -> str: return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/01_core/03_files.ipynb #d6d57cac
+def _check_seal(
+    path: Path, # of the file
+    text: str, # all of it
+    seal: Any, # its field `format`
+    remedy: str, # how to get a whole one
+) -> None:
+    "Raises `ValueError` for a text of another version, or of another checksum."
+    if not isinstance(seal, dict) or seal.keys() != {'version', 'sha256'}:
+        raise WrongValue(f"{path} is damaged (its format is {shortened(seal)}); {remedy}")
+    check_version(path, seal['version'], remedy)
+    start, found, end = text.rpartition(str(seal['sha256']) or text)
+    if found == _sha256(start + end): return
+    raise WrongValue(f"{path} is damaged: its checksum does not fit its content; {remedy}, or take "
+                     "out its field 'format' if you have changed it yourself")
+
+def _read_text(path: Path) -> str:
+    "The text of a file. Raises `ValueError` for one that is too large, or no UTF-8."
+    if (size := path.stat().st_size) > LARGEST_TEXT:
+        raise ValueError(f'{size:,} bytes; at most {LARGEST_TEXT:,}')
+    return path.read_bytes().decode()
+
 def read_json(
     path: Path, # a file of `write_json`
     keys: Sequence[str], # what it must hold
     remedy: str, # how to get a whole one
+    others: Sequence[str] = (), # what it may hold besides
 ) -> dict[str, Any]: # the content
     "Read JSON. Raises `FileNotFoundError`, or `ValueError` for a file that is damaged."
     if not is_file(path): raise NotFound(f"no {path}; {remedy}")
-    try: content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise WrongValue(f"{path} is damaged ({e}); {remedy}") from e
+    try:
+        text = _read_text(path)
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as e:
+        raise WrongValue(f"{path} is damaged ({e}); {remedy}") from e
     missing = list(keys)
     if isinstance(content, dict): missing = [k for k in keys if k not in content]
     if missing: raise WrongValue(f"{path} is damaged (it lacks {', '.join(missing)}); {remedy}")
+    if 'format' in content: _check_seal(path, text, content.pop('format'), remedy)
+    for key in content.keys() - {*keys, *others}:
+        raise WrongValue(f"{path} is damaged (no mwt writes {shortened(key)} there); {remedy}")
     return content

@@ -66,7 +66,7 @@ def owner(
 ) -> dict[str, Any]: # `process`, `host` and `work`; empty where nobody signed
     "Who signed the lock of a folder."
     try: found = json.loads((Path(folder)/LOCK).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
+    except (OSError, ValueError, RecursionError): return {}
     return found if isinstance(found, dict) else {}
 
 def in_use(

@@ -58,6 +58,14 @@ def input_dtype(
     found = (p.dtype for p in model.parameters() if p.is_floating_point())
     return next(found, torch.float32)
 
+# %% ../../nbs/01_core/06_nets.ipynb #8859e89a
+def fast_bfloat16(
+    device: torch.device, # CPU or GPU
+) -> bool:
+    "Has the device instructions for bfloat16? Others emulate it, and take several times as long."
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 # %% ../../nbs/01_core/06_nets.ipynb #c375e4ab
 def copy_of(
     model: nn.Module, # any network

@@ -91,6 +91,7 @@ def processes(
         return
     if device.type == 'cuda': device = _own_gpu()
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    meet(device)            # NCCL connects at the first call: nobody goes ahead before all are there
     yield device
     dist.destroy_process_group()        # not after an error: torchrun ends those who wait
 

@@ -101,8 +101,10 @@ class Signed(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         "Take the signature of a state dict over. Raises `ValueError` for what is none."
-        text = bytes(state.tolist()).decode()
-        if text: self.signature = as_signature(json.loads(text))
+        try: found = json.loads(bytes(state.numpy(force=True)).decode() or 'null')
+        except (AttributeError, TypeError, ValueError, RecursionError) as e:
+            raise WrongValue(f'{EXTRA} holds no signature: {e}') from e
+        if found is not None: self.signature = as_signature(found)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -114,11 +116,19 @@ def weights_of(
     model: nn.Module, # any network
 ) -> dict[str, Tensor]: # its state dict, without a signature
     "Parameters and buffers by name."
+    return without_signature(model, model.state_dict())
+
+def without_signature(
+    model: nn.Module, # any network
+    state: Mapping[str, Tensor], # of a network like it
+) -> dict[str, Tensor]: # without what only a `Signed` one understands
+    "Weights that can be loaded, and nothing else."
     signed = isinstance(model, Signed)
-    return {k: v for k, v in model.state_dict().items() if not (signed and k == EXTRA)}
+    return {k: v for k, v in state.items() if not (signed and k == EXTRA)}
 
 def signature_of(
     model: nn.Module, # any network
 ) -> Signature | None: # `None` where nobody said
     "What a network takes and answers."
-    return getattr(model, 'signature', None)
+    found = getattr(model, 'signature', None)
+    return found if isinstance(found, Signature) else None       # or an attribute of its own

@@ -250,10 +250,10 @@ def list_images(
     return classes, {split: files for split, (_, files, _) in found.items()}
 
 # %% ../../nbs/02_data/03_folders.ipynb #d18554a5
-class BrokenImage(ValueError):
+class BrokenImage(WrongValue):
     "A file that cannot be decoded."
 
-class UnclearPixels(ValueError):
+class UnclearPixels(WrongValue):
     "Numbers of which nobody has said what is white."
 
 @contextmanager
@@ -502,7 +502,7 @@ def common_white(
     return WHOLE
 
 # %% ../../nbs/02_data/03_folders.ipynb #ca8c6a5f
-class _FoundColour(ValueError):
+class _FoundColour(WrongValue):
     "An image with three channels among grey ones."
 
 def _check_pixels(

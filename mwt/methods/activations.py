@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from ..channels.mapping import ChannelMap
-from ..channels.trace import Tracer
+from ..channels.rules import RULES
+from ..channels.trace import _traced, in_place, tidy_
 from ..channels.uncoupled import ActivationCut
 from ..core.errors import WrongValue
+from ..core.nets import evaluating
 from .base import Masks
 from .points import MaskPoint, recorded
 
@@ -35,14 +37,12 @@ def is_relu(
 def traced_in_mode(
     net: nn.Module, # any traceable network
     training: bool, # the mode to trace it in
+    example: Tensor, # an input that it accepts
 ) -> fx.Graph:
     "What a network does in one of its modes. Raises `ValueError` for one that cannot be traced."
-    modes = {m: m.training for m in net.modules()}
-    try: return Tracer().trace(net.train(training))
-    except (fx.proxy.TraceError, TypeError, RuntimeError) as e:
-        raise WrongValue(f'{type(net).__name__} cannot be traced in training mode: {e}') from e
-    finally:
-        for m, mode in modes.items(): m.training = mode
+    with evaluating(net):               # which brings all modes back
+        graph, tracer = _traced(net.train(training), RULES, example)
+    return tidy_(graph, tracer.decisions)
 
 def with_points(
     net: nn.Module, # the network of the graph
@@ -52,19 +52,24 @@ def with_points(
 ) -> fx.GraphModule: # shares all layers with `net`
     "Put a point behind each of some operations."
     for node in graph.nodes:                    # tensors are asked for anew at each call, since
-        if node.op == 'get_attr': node.target = f'whole.{node.target}'      # buffers are replaced
-    root = {n.target: net.get_submodule(n.target) for n in graph.nodes if n.op == 'call_module'}
-    root |= {n.target: _find(net, n.target) for n in graph.nodes if n.op == 'get_attr'}
+        if node.op in OWNED: node.target = f'whole.{node.target}'       # buffers are replaced
+    root = {n.target: _find(net, n.target) for n in graph.nodes if n.op in OWNED}
     root |= {f'point{i}': p for i, p in enumerate(points)}
+    layers = dict(net.named_modules(prefix='whole'))
     for i, node in enumerate(nodes):
+        changed = [in_place(user) or getattr(layers.get(user.target), 'inplace', False)
+                   for user in node.users]
+        points[i].changed |= any(changed)
         with graph.inserting_after(node): point = graph.call_module(f'point{i}', (node,))
         node.replace_all_uses_with(point, delete_user_cb=lambda user: user is not point)
     traced = fx.GraphModule(root, graph)
     traced.add_module('whole', net)
     return traced
 
+OWNED = 'get_attr', 'call_module'      # operations that name something of the network
+
 def _find(net: nn.Module, path: str) -> Any:
-    "The tensor at a dotted path that begins with `whole`."
+    "The tensor or layer at a dotted path that begins with `whole`."
     owner, _, name = path.removeprefix('whole.').rpartition('.')
     return getattr(net.get_submodule(owner), name)
 
@@ -99,7 +104,8 @@ class ActivationMasks(Masks):
             raise WrongValue(f'{type(net).__name__}: no layer is left to mask; '
                              'no ReLU of it has channels that can be dropped')
         self.points = {name: MaskPoint(nn.Identity()) for name in self.kernels}
-        self.traces = {mode: self.trace(net, mode) for mode in (True, False)}
+        self.listens = [name in plan.points for name in plan.candidates]
+        self.traces = {mode: self.trace(net, mode, example) for mode in (True, False)}
 
     def run(self, net: nn.Module, x: Tensor, targets: Tensor | None = None) -> Any:
         if targets is not None: return super().run(net, x, targets)     # which refuses them
@@ -116,16 +122,17 @@ class ActivationMasks(Masks):
 
 # %% ../../nbs/05_methods/07_activations.ipynb #6eee6e0c
 @patch
-def trace(self: ActivationMasks, net: nn.Module, training: bool) -> fx.GraphModule:
+def trace(self: ActivationMasks, net: nn.Module, training: bool, example: Tensor) -> fx.GraphModule:
     "The network with points in one mode. Raises `ValueError` where the modes differ in points."
-    graph = traced_in_mode(net, training)
+    graph = traced_in_mode(net, training, example)
     layers = dict(net.named_modules())
     called = {n: layers.get(n.target) for n in graph.nodes if n.op == 'call_module'}
     nodes = [n for n in graph.nodes if self.is_point(n, called.get(n))]
-    if len(nodes) != len(self.points):
-        name, points = type(net).__name__, len(self.points)
+    if len(nodes) != len(self.listens):
+        name, points = type(net).__name__, len(self.listens)
         raise WrongValue(f'{name} has {len(nodes)} activations in training and {points} in use; '
                          'this method needs the same in both modes (no side exits)')
+    nodes = [n for n, listens in zip(nodes, self.listens) if listens]
     return with_points(net, graph, nodes, list(self.points.values()))
 
 # %% ../../nbs/05_methods/07_activations.ipynb #1f0cbe3b

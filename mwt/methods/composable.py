@@ -66,7 +66,8 @@ class ClassGates(nn.Module):
 
     def forward(self, targets: Tensor | None = None) -> Tensor:
         "The mask of each target set, (batch or 1, units + 1); the last one is 1, for what stays."
-        mask = F.pad(union(self.gates, targets), (0, 1), value=1.)
+        with torch.autocast(self.gates.device.type, enabled=False):    # gates learn in full precision
+            mask = F.pad(union(self.gates, targets), (0, 1), value=1.)
         watched = self.learning and self.training and targets is not None
         if watched and torch.is_grad_enabled(): self.mask = mask.requires_grad_()
         return mask

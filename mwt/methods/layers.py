@@ -33,7 +33,8 @@ def need_one(channels: ChannelMap) -> ChannelMap: # the same
     "Raises `ValueError` where no layer is left to mask."
     if all(i.reason for i in channels.infos):
         reasons = '; '.join(f'{i.name}: {i.reason}' for i in channels.infos)
-        raise WrongValue(f'no layer is left to mask: {reasons}')
+        raise WrongValue(f'no layer is left to mask ({reasons}); masks stand on Conv2d layers that '
+                         'are followed by others')
     return channels
 
 # %% ../../nbs/05_methods/05_layers.ipynb #41eb2fe9

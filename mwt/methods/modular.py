@@ -18,7 +18,7 @@ from ..core.accepted import check_can_be_cut, check_hooks, check_is_network, che
 from ..core.errors import WrongType, WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, head_size, logits_of, trainable, untouched
 from ..core.signature import Signature, Signed, signature_of
-from ..channels.trace import find_example
+from ..channels.trace import REFUSALS, find_example, without_gradient
 from ..channels.description import check_stored
 from ..channels.mapping import ChannelMap, map_channels
 from .base import Method, describe_method, make_method
@@ -44,6 +44,7 @@ class ModularModel(Signed):
         self.n_classes = head_size(net.get_submodule(channels.head))
         self.example_shape: tuple[int, ...] = tuple(example.shape[1:])  # (channels, height, width)
         self.dtypes = first_weight(net).dtype, example.dtype        # when it was made
+        self.takes_signs = bool((example < 0).any())                # or numbers from 0 to 1 only
         self.masks = method.attach(net, channels, self.n_classes, example)
 
     @property
@@ -151,8 +152,9 @@ def fixed_masks(
 ) -> Iterator[None]:
     "Inside the block every image gets the given masks. Raises `ValueError` for one that does not fit."
     _check_masks(model, masks)
-    model.masks.hold(masks)
-    try: yield
+    try:
+        model.masks.hold(masks)
+        yield
     finally: model.masks.hold(None)
 
 # %% ../../nbs/05_methods/04_modular.ipynb #e45ce79b
@@ -177,6 +179,7 @@ def example(self: ModularModel) -> Tensor: # (2, channels, height, width)
     "An input on the model's device, random but always the same."
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *self.input_shape, generator=generator)
+    if not self.takes_signs: x = x.sigmoid()
     return x.to(first_weight(self.net).device, self.input_dtype())
 
 @patch
@@ -224,21 +227,95 @@ def trial_masks(
     forced = torch.stack(empty) if empty else torch.zeros(0, dtype=torch.long)
     return {name: mask | torch.isin(sets[name], forced) for name, mask in kept.items()}
 
+# %% ../../nbs/05_methods/04_modular.ipynb #a339da3c
+@torch.no_grad()
+def enlivened(
+    model: ModularModel, # a fresh one
+) -> ModularModel: # a copy
+    "The model with other weights where they are all one number."
+    other, generator = copy_of(model), torch.Generator().manual_seed(0)
+    for p in other.net.parameters():
+        if not p.numel() or (p != p.flatten()[0]).any(): continue
+        p.copy_(.5 + torch.rand(p.shape, generator=generator))
+    return other
+
+# %% ../../nbs/05_methods/04_modular.ipynb #6d7a34cd
+def cut_error(
+    model: ModularModel, # any
+) -> float | None: # over the size of the logits; `None` for a network that answers NaN by itself
+    "How far a trial cut is from the masked network. Raises `ValueError` where no file can hold it."
+    x, masks = model.example(), trial_masks(model.masks.coupled_sets())
+    with evaluating(model), untouched(model):
+        whole = model(x)
+        with fixed_masks(model, masks): expected = model(x)
+    slim = model.cut(masks)
+    check_stored(slim, x)
+    if not whole.isfinite().all(): return None
+    if not expected.isfinite().all(): return float('nan')
+    with torch.no_grad(): error = (slim(x) - expected).abs().max()
+    return (error / expected.abs().max().clamp_min(torch.finfo(x.dtype).tiny)).item()
+
+def said(e: Exception) -> str:
+    "The first line of an error, or its kind."
+    return (str(e) or type(e).__name__).splitlines()[0]
+
 def check_cut(
     model: ModularModel, # a fresh one
 ) -> None:
     "Raises `ValueError` where a cut network computes something else than the masked one."
-    x, masks = model.example(), trial_masks(model.masks.coupled_sets())
-    with evaluating(model), untouched(model), fixed_masks(model, masks): expected = model(x)
-    with torch.no_grad(): found = model.cut(masks)(x)
+    x = model.example()
     margin = 1e-3 if x.device.type == 'cpu' else .02            # GPUs may round to TF32
     if x.dtype in (torch.float16, torch.bfloat16): margin = .1
-    error, size = (found - expected).abs().max(), expected.abs().max()
-    if not expected.isfinite().all() or error <= margin * size: return
+    for trial in (enlivened(model), model):
+        try: error = cut_error(trial)
+        except WrongValue: raise
+        except REFUSALS as e:
+            raise WrongValue(f'{type(model.net).__name__} cannot be cut: it fails without some kernels '
+                             f'({said(e)}). Something counts on their number; leave the '
+                             'layers before it unmasked (filter_fn)') from e
+        if error is not None: break
+    if error is None or error <= margin: return
+    try: error = cut_error(copy_of(trial).double().cpu())
+    except RuntimeError: pass               # it needs its own type, or its own device
+    if error <= margin: return
+    how = f'by {error:.2g} of the size of its logits'
+    if error != error: how = 'it answers NaN where a channel is all zeros'
     raise WrongValue(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
-                     f'computes something else than with them switched off (by {error:.2g}, where '
-                     f'logits are of size {size:.2g}). Something reads zeros as something else, or '
-                     'asks for the class of a layer; leave the layers before it unmasked (filter_fn)')
+                     f'computes something else than with them switched off ({how}). Something reads '
+                     'zeros as something else, or asks for the class of a layer; leave the layers '
+                     'before it unmasked (filter_fn)')
+
+# %% ../../nbs/05_methods/04_modular.ipynb #5cf648ab
+def check_learns(
+    model: ModularModel, # a fresh one
+) -> None:
+    "Raises `ValueError` where training fails, or lets no gradient through to any masked layer."
+    if model.example().dtype in (torch.float16, torch.bfloat16): return     # nothing to train
+    name, sizes = type(model.net).__name__, tuple(model.example().shape[1:])
+    try: heard = hears(model)
+    except REFUSALS as e:
+        raise WrongValue(f'{name} runs in use, but not in training, with images of size {sizes}: '
+                         f'{said(e)}; write that part with operations that have a '
+                         'derivative, not in place, or pass a larger example_input') from e
+    if heard: return
+    lost = ', '.join(without_gradient(model.plain(), model.example())) or 'some operation'
+    raise WrongValue(f'{name}: nothing can be learned about its kernels, since no gradient gets back '
+                     f'to any masked layer: {lost} passes none on')
+
+def hears(
+    model: ModularModel, # not changed
+) -> bool:
+    "Does a gradient get from the answer to some masked layer?"
+    trial = copy_of(model).train()
+    for layer in trial.modules():
+        if isinstance(layer, nn.SyncBatchNorm): layer.eval()    # would wait for other processes
+    with seeded(0), torch.enable_grad():
+        x = trial.example().requires_grad_() * 1
+        logits, outputs = trial.with_outputs(x)
+        outputs = [y for y in outputs if y.requires_grad]
+        if not outputs or not logits.requires_grad: return False
+        found = torch.autograd.grad(logits.float().sum(), outputs, allow_unused=True)
+    return any(gradient is not None for gradient in found)
 
 # %% ../../nbs/05_methods/04_modular.ipynb #009918c8
 def modularize(
@@ -269,11 +346,16 @@ def modularize(
     with seeded(seed): made = ModularModel(net, method, channels, example)
     made.signature = signature_of(net)
     check_cut(made)
+    check_learns(made)
     return made
 
 # %% ../../nbs/05_methods/04_modular.ipynb #8c224a54
 def _check_head(net: nn.Module, channels: ChannelMap, n_classes: int) -> None:
     size = head_size(net.get_submodule(channels.head))
+    known = signature_of(net)
+    if size == n_classes and known is not None and len(known.classes) != size:
+        raise WrongValue(f"{channels.head}: answers for {size} classes, but the network's signature names "
+                         f"{len(known.classes)}; set its .signature to None if it has a new head")
     if size == n_classes: return
     raise WrongValue(f"{channels.head}: answers for {size} classes, but n_classes is {n_classes}; "
                      "give the number that the network was made for")

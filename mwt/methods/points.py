@@ -12,13 +12,6 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['MaskPoint']
 
-# %% ../../nbs/05_methods/02_points.ipynb #7db4fd22
-def binarize(
-    mask: Tensor, # any shape, soft masks
-) -> Tensor: # boolean, the same shape
-    "The kernels that are used: those whose mask is above zero."
-    return mask > 0
-
 # %% ../../nbs/05_methods/02_points.ipynb #fb8b6656
 def attribute_of(
     layer: nn.Module, # a layer that stands in the place of another
@@ -45,6 +38,7 @@ class MaskPoint(nn.Module):
         self.source = source
         self.masks: list[Tensor] | None = None      # where to put the mask, when somebody wants it
         self.outputs: list[Tensor] | None = None    # where to put the output, likewise
+        self.changed = False                        # is the output changed in place further on?
         self.register_buffer('fixed', None, persistent=False)   # (kernels,), for all images
 
     def __getattr__(self, name: str) -> Any:
@@ -65,8 +59,9 @@ class MaskPoint(nn.Module):
         mask = self.mask(x)
         if mask is not None:
             y = y * along_channels(mask.to(y.dtype), y, self.layer)
-        if self.outputs is not None: self.outputs.append(y)
-        return y
+        if self.outputs is None: return y
+        self.outputs.append(y)
+        return y.clone() if self.changed else y
 
 # %% ../../nbs/05_methods/02_points.ipynb #49f49ac1
 def along_channels(

@@ -185,13 +185,21 @@ def masks_by_unit(
     for name in shared.kernels:
         units, mask = shared.units_of(name), masks[name].float().cpu()
         own = units < shared.n_units
-        clash = ~values[units].isnan() & (values[units] != mask) & own
+        before = values[units]
+        values[units[own]] = mask[own]
+        clash = own & ((values[units] != mask) | ~before.isnan() & (before != mask))
         if clash.any():
             kernel = int(clash.nonzero()[0])
-            raise WrongValue(f"{name}: kernel {kernel} is coupled with kernels of other layers that were "
-                             "given another mask; give coupled layers the same one, as decompose does")
-        values[units[own]] = mask[own]
+            raise WrongValue(f"{name}: kernel {kernel} is coupled with others that were given another "
+                             "mask; give coupled kernels the same one, as decompose does")
     return values
+
+# %% ../../nbs/05_methods/06_shared.ipynb #710d8130
+@patch
+def cut(self: SharedMasks, net: nn.Module, keep: Mapping[str, Tensor],
+        example: Tensor) -> nn.Module:
+    stay = {name: self.units_of(name) == self.n_units for name in keep}
+    return slice_channels_(net, self.channels, {n: mask.cpu() | stay[n] for n, mask in keep.items()})
 
 # %% ../../nbs/05_methods/06_shared.ipynb #f8067efd
 def open_units(

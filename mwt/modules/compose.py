@@ -99,6 +99,15 @@ def compose(
     return whole.to(device_of(first)).eval()
 
 # %% ../../nbs/08_modules/07_compose.ipynb #13c4b76e
+def has_new_head(
+    description: Mapping[str, Any], # of a module
+) -> bool:
+    "Is there a head that `with_new_head` has put behind the old one?"
+    named = {s['name']: s for s in description['steps']}
+    [end] = [s['args'][0] for s in description['steps'] if s['kind'] == 'output']
+    last = named[end['step']] if isinstance(end, dict) else {}
+    return last.get('target') == 'new_head' and last['args'] == [{'step': 'before_head'}]
+
 def with_new_head(
     description: Mapping[str, Any], # of a module
     head: nn.Linear, # to put behind it
@@ -119,7 +128,7 @@ def add_head(
     module: SlimModule, # not changed
 ) -> SlimModule: # a copy with a ReLU and a linear layer behind its outputs
     "Put the new head of MwT (section 3.4) behind a module; it starts as the identity."
-    if 'new_head' in module.description['layers']: return copy.deepcopy(module)
+    if has_new_head(module.description): return copy.deepcopy(module)
     n = len(module.classes)
     head = nn.Linear(n, n, dtype=input_dtype(module))
     head.weight.copy_(torch.eye(n))
@@ -137,7 +146,7 @@ def fine_tune(
     data: ImageData, # images of its classes, perhaps of more
     epochs: int = 10, # passes over the training images of its classes
     new_head: bool = True, # put the new head of MwT behind the old one
-    lr: float = 0.01, # peak learning rate; lower than in training, since most is learned
+    lr: float | None = None, # peak learning rate; `None`: that of `config`, or 0.01, lower than in training
     **options: Any, # of `fit`
 ) -> SlimModule: # a trained copy
     "Train a module for its classes (MwT, section 3.4). Raises `ValueError` for data without them."
@@ -147,5 +156,7 @@ def fine_tune(
         n = len(module.classes)
         data = as_image_data(data, device=device_of(module), n_classes=n)
     tuned = add_head(module) if new_head else copy.deepcopy(module)
-    fit(tuned, data.subset(module.classes), epochs, lr=lr, **options)
+    if lr is None and options.get('config') is None: lr = 0.01         # most is learned already
+    if lr is not None: options['lr'] = lr
+    fit(tuned, data.subset(module.classes), epochs, **options)
     return tuned.eval()

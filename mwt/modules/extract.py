@@ -134,8 +134,8 @@ def extract(
     known = signature_of(model) or parts.signature
     module = as_module(slim, names, model.input_shape, _cost(model), known)
     check_exact(module, model, masks, rows, _example(module, model))
-    if fuse: module = fold_norms(module)
-    return freeze_as_(module, flags)
+    module = freeze_as_(module, flags)
+    return freeze_as_(fold_norms(module), flags) if fuse else module
 
 def _masks_to_keep(
     model: ModularModel, parts: Parts, rows: list[int], round_to: int

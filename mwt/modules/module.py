@@ -4,8 +4,9 @@
 
 # %% ../../nbs/08_modules/04_module.ipynb #a155ea15
 from __future__ import annotations
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from ..core.accepted import check_weights
-from ..core.checks import resolve_device, shown
+from ..core.checks import check_range, resolve_device, shown
 from ..core.errors import WrongType, WrongValue
-from ..core.files import load_tensors, save_tensors
+from ..core.files import describes, load_tensors, save_tensors, shortened
 from ..core.nets import device_of
-from ..core.signature import Signature, Signed, normalise, weights_of
+from ..core.signature import (
+    Signature, Signed, as_signature, normalise, weights_of, without_signature)
 from ..channels.description import (
-    decode, describe_steps, layers_and_tensors, make_layer, tensor_at)
+    OWN_STEPS, check_names, decode, describe_steps, layers_and_tensors, make_layer, tensor_at)
 from ..channels.operations import ATTRIBUTES, DTYPES, FUNCTIONS, METHOD_NAMES
 
 # %% auto #0
-__all__ = ['SlimModule', 'check_extracted', 'save_module', 'load_module']
+__all__ = ['SlimModule', 'run_steps', 'check_extracted', 'save_module', 'load_module']
 
 # %% ../../nbs/08_modules/04_module.ipynb #5f004a10
 def check_step(
@@ -35,9 +39,12 @@ def check_step(
     allowed = dict(input=[''], output=[''], function=FUNCTIONS, method=METHOD_NAMES,
                    attribute=ATTRIBUTES, layer=description['layers'],
                    tensor=description['tensors'])
-    if step['target'] in allowed.get(step['kind'], ()): return
-    raise WrongValue(f"step {step['name']!r} is a {step['kind']} {step['target']!r}, "
-                     "which modules may not have")
+    if step['target'] not in allowed.get(step['kind'], ()):
+        raise WrongValue(f"step {step['name']!r} is a {step['kind']} {step['target']!r}, "
+                         "which modules may not have")
+    for name in (step['name'], *step['kwargs']):
+        if name.isidentifier(): continue
+        raise WrongValue(f'{shortened(name)} is no name for a result or argument')
 
 # %% ../../nbs/08_modules/04_module.ipynb #55bc3961
 def steps_used(
@@ -67,16 +74,53 @@ def ready_steps(
     "Steps ready to run. Raises `ValueError` for one that modules may not have."
     steps = description['steps']
     for step in steps: check_step(step, description)
+    check_order(steps)
     last = {}                   # step -> number of the step that reads it last
     for i, step in enumerate(steps):
         for name in steps_used([*step['args'], *step['kwargs'].values()]): last[name] = i
     done = [[name for name, at in last.items() if at == i] for i in range(len(steps))]
     return [Step(**step, reads=_only_results(step), done=names) for step, names in zip(steps, done)]
 
+def check_order(
+    steps: Sequence[Mapping[str, Any]], # of a description
+) -> None:
+    "Raises `ValueError` unless they begin with an input, end with the output, and differ in name."
+    kinds = [step['kind'] for step in steps]
+    if not kinds or kinds[0] != 'input' or kinds.index('output') != len(kinds) - 1:
+        raise WrongValue('steps must begin with an input and end with the one output')
+    if len({step['name'] for step in steps}) < len(steps):
+        raise WrongValue('two steps have the same name')
+
 def _only_results(step: Mapping[str, Any]) -> list[str] | None:
     "The names of a step's arguments where all are results: the usual and the fastest case."
     results = [a['step'] for a in step['args'] if isinstance(a, dict) and 'step' in a]
     return None if step['kwargs'] or len(results) < len(step['args']) else results
+
+# %% ../../nbs/08_modules/04_module.ipynb #9b369076
+MOST_STEPS = 100_000        # also of layers and of what holds them; 100 large networks side by side
+DEEPEST_PATH = 32           # names in the path of a layer
+
+def check_path(
+    path: str, # of a layer or tensor
+) -> list[str]: # the paths of all that holds it
+    "Raises `ValueError` for a path that cannot be written into code."
+    names = path.split('.')
+    plain = all(name and name.isprintable() and not set(name) & {'"', "'", '\\'} for name in names)
+    if plain and len(path) <= 1000 and len(names) <= DEEPEST_PATH:
+        return ['.'.join(names[:n]) for n in range(1, len(names))]
+    raise WrongValue(f'a layer or tensor cannot be called {shortened(path)}')
+
+def check_size(
+    description: Mapping[str, Any], # of a module
+) -> None:
+    "Raises `ValueError` for more steps or layers than any network has, and for layers without a step."
+    steps, layers, tensors = (description[key] for key in ('steps', 'layers', 'tensors'))
+    if len(steps) > MOST_STEPS: raise WrongValue(f'{len(steps):,} steps; at most {MOST_STEPS:,}')
+    used = {step['target'] for step in steps if step['kind'] in ('layer', 'tensor')}
+    for path in [*layers, *tensors]:
+        if path not in used: raise WrongValue(f'no step uses {shortened(path)}')
+    holders = {holder for path in used for holder in check_path(path)}
+    if len(holders) > MOST_STEPS: raise WrongValue(f'its layers lie in {len(holders):,} others')
 
 # %% ../../nbs/08_modules/04_module.ipynb #50cb7008
 class SlimModule(Signed):
@@ -85,6 +129,7 @@ class SlimModule(Signed):
         description: Mapping[str, Any], # classes, input shape, layers, tensors, steps; JSON-able
     ) -> None:
         super().__init__()
+        check_size(description)
         self.description = dict(description)
         for name, layer in description['layers'].items(): _put(self, name, make_layer(name, layer))
         for name, tensor in description['tensors'].items():
@@ -112,10 +157,11 @@ class SlimModule(Signed):
 def _put(root: nn.Module, path: str, item: nn.Module | nn.Parameter | Tensor) -> None:
     "Put a layer, parameter or buffer at a dotted path, with containers on the way."
     *parents, last = path.split('.')
-    for parent in parents:
-        if parent not in root._modules: root.add_module(parent, nn.Module())
-        root = root._modules[parent]
-    if isinstance(item, nn.Module): root.add_module(last, item)
+    for parent in parents: root = root._modules.setdefault(parent, nn.Module())
+    own = None if isinstance(item, nn.Module) else getattr(root, last, None)    # of a layer
+    if isinstance(own, Tensor) and own.shape != item.shape:
+        raise WrongValue(f'{path} is {tuple(own.shape)} in its layer, not {tuple(item.shape)}')
+    if isinstance(item, nn.Module): root._modules[last] = item      # also one called `classes`
     elif isinstance(item, nn.Parameter): root.register_parameter(last, item)
     else: root.register_buffer(last, item)
 
@@ -175,14 +221,22 @@ def forward(self: SlimModule,
     x: Tensor, # (batch, channels, height, width)
 ) -> Tensor: # (batch, classes)
     "Logits of the module's classes."
+    return run_steps(self, x, run_step)
+
+def run_steps(
+    module: SlimModule,
+    x: Tensor, # (batch, channels, height, width)
+    run: Callable[..., Any], # `run_step`, or one that does the same and more
+) -> Any: # what the output step has; (batch, classes) for a sound module
+    "Run all steps."
     results: dict[str, Any] = {}
-    for step in self._steps:
+    for step in module._steps:
         if step.kind == 'input':
             results[step.name] = x
             continue
         args, kwargs = arguments_of(step, results)
         if step.kind == 'output': return args[0]
-        results[step.name] = run_step(self, step, args, kwargs)
+        results[step.name] = run(module, step, args, kwargs)
         for name in step.done: results.pop(name, None)
     raise WrongValue('the description of this module has no output')
 
@@ -197,7 +251,7 @@ def renamed(
     return {k: names[v] if k == 'step' else renamed(v, names) for k, v in value.items()}
 
 # %% ../../nbs/08_modules/04_module.ipynb #b747f14c
-STATISTICS = 'pixel_mean', 'pixel_std'      # tensors of a module that takes pixels
+STATISTICS = OWN_STEPS[:2]      # tensors of a module that takes pixels: mean and spread
 FUNCTIONS['normalise'] = normalise
 
 def taking_pixels(
@@ -209,9 +263,7 @@ def taking_pixels(
     reads = [{'step': name} for name in (first['name'], *STATISTICS)]
     new = [dict(name=name, kind='tensor', target=name, args=[], kwargs={}) for name in STATISTICS]
     new.append(dict(name='normalised', kind='function', target='normalise', args=reads, kwargs={}))
-    for step in (s for s in rest if s['name'] in {n['name'] for n in new}):
-        raise WrongValue(f"the network has a step {step['name']!r}, which the module needs for itself; "
-                         "give it another name")
+    check_names(d)
     names = {s['name']: s['name'] for s in d['steps']} | {first['name']: 'normalised'}
     rest = [dict(s, args=renamed(s['args'], names), kwargs=renamed(s['kwargs'], names)) for s in rest]
     tensors = {name: dict(shape=[d['input_shape'][0]], parameter=False) for name in STATISTICS}
@@ -284,11 +336,121 @@ def check_index(
     dots = [n for n, i in enumerate(items) if i is Ellipsis]
     for n in dots: items[n:n + 1] = [slice(None)] * (x.ndim - len(items) + 1)
     for size, item in zip(x.shape, items):
-        if not isinstance(item, list): continue
-        places = torch.tensor(item, device='cpu')
-        if places.dtype == torch.bool or not places.numel(): continue
-        if places.min() < -size or places.max() >= size:
+        places = [place for place in tree_leaves(item) if type(place) is int]   # not of a mask
+        if not isinstance(item, list) or not places: continue
+        if min(places) < -size or max(places) >= size:
             raise IndexError(f'index {item} is out of range for {size} channels')
+
+# %% ../../nbs/08_modules/04_module.ipynb #a021c529
+LARGEST = 1 << 31           # bytes of one result, for two images
+MOST_PIECES = 10_000        # results of one operation
+WRITES = 'it writes into its images or its own weights'
+COUNTED = ('tensor_split', 'hsplit', 'vsplit', 'dsplit', 'combinations')    # are told how many
+MOST_OPERATIONS = 1_000_000 # of the whole run
+MOST_AXES = 32              # of a tensor
+
+def pieces_of(
+    name: str, # of an operation, as ATen calls it
+    args: Sequence[Any], # its arguments
+) -> int: # results
+    "How many tensors it cuts its first argument into."
+    if 'unbind' in name: return args[0].shape[args[1] if len(args) > 1 else 0]
+    if 'split' not in name or not isinstance(args[1], int): return 1
+    return args[0].shape[args[2] if len(args) > 2 else 0] // max(1, args[1])
+
+def check_result(
+    name: str, # of the operation
+    x: Tensor, # a result of it
+) -> None:
+    "Raises `ValueError` for a tensor that is too large."
+    if x.ndim > MOST_AXES: raise WrongValue(f'{name} makes a tensor of {x.ndim} axes')
+    if x.numel() * x.itemsize <= LARGEST: return
+    raise WrongValue(f'{name} makes a tensor of {x.numel():,} elements for two images, '
+                     'which is too large')
+
+# %% ../../nbs/08_modules/04_module.ipynb #82a0da13
+MOST_ITEMS = 300_000        # numbers and tensors in lists, in one argument or in all results
+MOST_NUMBERS = 10_000       # in the arguments of an operation of Python
+
+def items_in(
+    *values: Any, # numbers, tensors, lists and tuples
+) -> int: # stops counting beyond `MOST_ITEMS`
+    "How many things there are, lists counted with what they hold."
+    left, found = list(values), 0
+    while left and found <= MOST_ITEMS:
+        value = left.pop()
+        found += 1
+        if isinstance(value, (list, tuple)): left.extend(value)
+    return found
+
+def check_python(
+    target: str, # a function of `operator` or `math`
+    args: Sequence[Any], # its arguments, no tensor among them
+) -> None:
+    "Raises `ValueError` where a number or a list would become huge."
+    flat = [v for a in args for v in (a if isinstance(a, (list, tuple)) else [a])]
+    numbers = [v for v in flat if isinstance(v, int)]
+    lists = [a for a in args if isinstance(a, (list, tuple))]
+    if any(isinstance(v, str) for v in flat): raise WrongValue(f'{target} of a text')
+    grown = math.prod(abs(v) for v in args if isinstance(v, int)) if lists else 1
+    shifted = target.endswith(('pow', 'shift')) and any(abs(v) > 64 for v in numbers[1:])
+    huge = any(abs(v) >= 1 << 63 for v in numbers)
+    if not (huge or shifted or items_in(*args) * max(1, grown) > MOST_NUMBERS): return
+    raise WrongValue(f'{target} of {shortened(args)} is too large')
+
+# %% ../../nbs/08_modules/04_module.ipynb #6622dcc9
+class Trial(TorchDispatchMode):
+    "Inside the block nothing has memory, and what would be too large is refused."
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.operations = 0         # so far
+        self.items = 0              # in results that are no tensors
+        self.module = module
+
+    def __torch_dispatch__(self,
+        func: Any, # the operator that PyTorch is about to call
+        types: Any, # not used
+        args: tuple = (), # of the call
+        kwargs: dict | None = None, # of the call
+    ) -> Any: # what the call returned, on the `meta` device
+        name = func._schema.name
+        self.operations += 1
+        if self.operations > MOST_OPERATIONS: raise WrongValue('it takes too many operations')
+        if pieces_of(name, args) > MOST_PIECES: raise WrongValue(f'{name} makes too many tensors')
+        if name == 'aten::native_batch_norm' and args[3] is not None and args[5]:   # without a trace
+            raise WrongValue(f'{WRITES}; batch_norm with training=True')
+        kwargs = dict(kwargs or {})
+        anywhere = any(a.name == 'device' for a in func._schema.arguments)
+        if anywhere: kwargs['device'] = torch.device('meta')
+        found = func(*args, **kwargs)
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor): check_result(name, x)
+        return tree_map_only(Tensor, _on_meta, found)
+
+def _on_meta(x: Tensor) -> Tensor: return x if x.is_meta else x.to('meta')
+
+# %% ../../nbs/08_modules/04_module.ipynb #bd9674f3
+@patch
+def run_step(self: Trial,
+    module: nn.Module, # with the layers and tensors
+    step: Step, # neither input nor output
+    args: Sequence[Any], # decoded
+    kwargs: Mapping[str, Any], # decoded
+) -> Any: # its result
+    "Run one step, if it is harmless."
+    if items_in(args, *kwargs.values()) > MOST_ITEMS:
+        raise WrongValue(f'{step.name} has too many arguments')
+    if step.kind in ('method', 'attribute') and not isinstance(args[0], (Tensor, tuple)):
+        raise WrongValue(f'{step.name} asks {shortened(args[0])} for {step.target}')
+    numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, int)]
+    if step.target.rpartition('.')[2] in COUNTED and max(numbers, default=0) > MOST_PIECES:
+        raise WrongValue(f'{step.target} makes too many tensors')
+    python = step.kind == 'function' and step.target.startswith(('operator.', 'math.'))
+    if python and not any(isinstance(a, Tensor) for a in args): check_python(step.target, args)
+    found = run_step(module, step, args, kwargs)
+    if not isinstance(found, Tensor): self.items += items_in(found)
+    if self.items > MOST_ITEMS: raise WrongValue('its results are too many')
+    return found
 
 # %% ../../nbs/08_modules/04_module.ipynb #326dfee2
 @torch.no_grad()
@@ -296,13 +458,52 @@ def check_runs(
     module: SlimModule, # on the `meta` device
 ) -> None:
     "Raises unless the steps turn images into one number for each class."
+    check_facts(module.description)
     classes = module.classes
-    if not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes):
-        raise WrongValue(f"classes must be different names, not {classes}")
-    images = torch.empty(2, *module.input_shape, device='meta')
-    with CheckedIndices(), torch.device('meta'): shape = tuple(module.eval()(images).shape)
-    if shape == (2, len(classes)): return
-    raise WrongValue(f"it answers {shape} for 2 images, but has {len(classes)} classes")
+    trial = Trial(module)
+    with CheckedIndices(), trial, torch.device('meta'):
+        images = torch.empty(2, *module.input_shape)
+        before = changes(module, images)
+        shape = tuple(run_steps(module.eval(), images, trial.run_step).shape)
+    if shape != (2, len(classes)):
+        raise WrongValue(f"it answers {shape} for 2 images, but has {len(classes)} classes")
+    if changes(module, images) != before:
+        raise WrongValue(f'{WRITES}; a module only reads them')
+
+def changes(module: nn.Module, images: Tensor) -> list[tuple]:
+    "How often images and weights have been written to, and what shape they have."
+    tensors = [images, *module.parameters(), *module.buffers()]
+    return [(t._version, t.shape, t.requires_grad) for t in tensors]
+
+KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full'}
+
+def check_facts(
+    description: Mapping[str, Any], # of a module
+) -> None:
+    "Raises `ValueError` for classes, shape and the like that are none."
+    for key in description.keys() - KEYS: raise WrongValue(f'no mwt writes {shortened(key)} there')
+    classes, full = description['classes'], description.get('full')
+    names = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    if not names or len(set(classes)) < len(classes):
+        raise WrongValue(f"classes must be different names, not {shortened(classes)}")
+    as_signature(dict(classes=classes, shape=description['input_shape']))
+    if type(description.get('pixels', False)) is not bool:
+        raise WrongValue('pixels must be true or false')
+    if full is None: return
+    for name in ('params', 'flops'): check_range(f'{name} of the full model', full[name], 0)
+
+# %% ../../nbs/08_modules/04_module.ipynb #f85ce586
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+def check_types(
+    module: SlimModule, # on the `meta` device
+    tensors: Mapping[str, Tensor], # of its file
+) -> None:
+    "Raises `ValueError` for weights that are no ordinary floats, and for whole numbers of another type."
+    for name, t in weights_of(module).items():
+        kind = tensors[name].dtype if name in tensors else t.dtype
+        if kind == t.dtype or {kind, t.dtype} <= set(FLOATS): continue
+        raise WrongValue(f'{name} is {kind} in the file, not {t.dtype}')
 
 # %% ../../nbs/08_modules/04_module.ipynb #1543b98e
 def load_module(
@@ -312,13 +513,11 @@ def load_module(
     "Read a module. Raises `FileNotFoundError`, or `ValueError` for a damaged or foreign file."
     device = resolve_device(device)
     tensors, description = load_tensors(path, 'module')
-    try:
+    with describes(path, 'a module'):
         with torch.device('meta'): module = SlimModule(description)     # no memory as yet
         check_runs(module)
-        module.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as e:
-        raise WrongValue(f"{path} does not describe a module that this version of mwt can make: "
-                         f"{e}") from e
+        check_types(module, tensors)
+        module.load_state_dict(without_signature(module, tensors), assign=True)
     if 'pixels' not in description:
         warnings.warn(f'{path} is of mwt 0.1.0 and does not say how images were normalised; give the '
                       'module images that are normalised as in the training of its model')

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_kind, check_range, shown
 from ..core.display import Table, check_axes, percent
 from ..core.errors import WrongType, WrongValue
-from ..core.files import load_tensors, save_tensors
+from ..core.files import describes, load_tensors, save_tensors
 from ..core.signature import Signature, as_signature
 from ..data.batches import class_names
 from ..data.labels import as_list, check_holds_values
@@ -43,6 +43,7 @@ class Parts:
 
 # %% ../../nbs/08_modules/02_parts.ipynb #bef5a6a6
 TENSORS = ('frequency', 'kept', 'thresholds', 'cohesion')       # what a file of parts holds
+FLOATS = (torch.float32, torch.float64)
 
 def _check_fit(parts: Parts) -> None:
     "Raises where classes, layers and tensors do not fit each other."
@@ -63,6 +64,9 @@ def _check_fit(parts: Parts) -> None:
         raise WrongValue(f"{name} has shape {tuple(tensor.shape)}, not {shape}; decompose again")
     if parts.kept.dtype != torch.bool:
         raise WrongValue(f"kept must be boolean, not {parts.kept.dtype}; decompose again")
+    for name in ('frequency', 'thresholds', 'cohesion'):
+        if (kind := getattr(parts, name).dtype) in FLOATS: continue
+        raise WrongValue(f"{name} must be floats, not {kind}; decompose again")
 
 def check_parts(parts: Any) -> None:
     "Raises `TypeError` for anything but parts."
@@ -209,10 +213,7 @@ def load_parts(
     "Read parts. Raises `ValueError` for a file that is damaged or not ours."
     tensors, about = load_tensors(path, 'parts')
     if 'kept' not in tensors and 'modules' in tensors: tensors['kept'] = tensors.pop('modules')
-    try:
+    with describes(path, 'parts'):
         about['signature'] = as_signature(about.get('signature'))
         parts = Parts(**about, **tensors)
-    except (TypeError, AttributeError, ValueError) as e:
-        raise WrongValue(f"{path} does not describe parts that this version of mwt knows: "
-                         f"{e}") from e
     return parts

@@ -68,6 +68,10 @@ def fold_norms(
     steps = _without_norms(d['steps'], renamed)
     with torch.device('meta'): folded = SlimModule(dict(d, layers=layers, steps=steps))
     folded.load_state_dict({k: state[k].clone() for k in weights_of(folded)}, assign=True)
+    for conv, norm in foldable(d):          # a convolution without bias gets that of its norm
+        old = module.get_submodule(norm['target']).bias
+        if old is None: old = module.get_submodule(conv['target']).weight
+        folded.get_submodule(conv['target']).bias.requires_grad_(old.requires_grad)
     return folded.eval()
 
 def _fused(module: SlimModule, conv: str, norm: str) -> torch.nn.Module:

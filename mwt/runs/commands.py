@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from ..core.checks import nearest, resolve_device
-from ..core.errors import MwtError, TrainingLost, TrainingStopped, WrongValue
+from ..core.errors import (MwtError, TrainingLost, TrainingStopped, WriteFailed,
+                             WrongValue)
 from ..core.processes import processes, rank_and_size
 from ..measure import profile
 from .demo import demo

@@ -127,6 +127,7 @@ def _evaluated(
     run.save_metrics(metrics)
     return metrics_table(metrics)
 
+# %% ../../nbs/09_runs/03_report.ipynb #92f313be
 @patch
 def evaluate(self: Run,
     modules: Sequence[str | Path] = (), # module files; none: those of the run

@@ -25,7 +25,7 @@ import mwt
 from ..core.checks import check_choice, check_flag, check_kind, check_range, resolve_device, shown
 from ..core.display import Table, percent
 from ..core.errors import InUse, NotFound, WrongType, WrongValue
-from ..core.files import as_path, fits_disk, is_file, read_json, unwritable, write_json
+from ..core.files import as_path, describes, fits_disk, is_file, read_json, unwritable, write_json
 from ..core.locks import LOCK, check_free, owned
 from ..core.processes import global_sum, rank_and_size
 from ..data.batches import ImageData, SplitData, class_names
@@ -36,7 +36,7 @@ from ..networks import NETWORKS, create_model
 from ..methods.base import METHODS, describe_method, make_method
 from ..methods.modular import modularize
 from ..train.checkpoint import load_checkpoint
-from ..train.history import History, TrainConfig, make_config
+from ..train.history import History, TrainConfig, as_history, make_config
 from ..modules.module import SlimModule, check_extracted, load_module, save_module
 from ..modules.parts import Parts, load_parts, save_parts
 
@@ -296,6 +296,34 @@ def no_run(
     except FileExistsError as e: why = str(e)
     return NotFound(f"{folder} holds no run that is complete: {why}")
 
+# %% ../../nbs/09_runs/01_run.ipynb #872c77e8
+NEEDED = ('data', 'model', 'width', 'method', 'epochs', 'seed', 'environment')
+LATER = ('config', 'classes', 'channels', 'fingerprint')        # missing in some runs of 0.1.0
+
+def check_words(
+    words: Any, # from a file
+    what: str, # they are, for the error
+) -> None:
+    "Raises `ValueError` for anything but a list of texts."
+    if isinstance(words, list) and all(isinstance(w, str) for w in words): return
+    raise WrongValue(f'{what} must be words')
+
+def check_settings(
+    settings: Mapping[str, Any], # from `run.json`
+) -> None:
+    "Raises `ValueError` and the like for settings of which no run can be made."
+    flat(settings)
+    data = settings['data']
+    here = settings['environment']
+    check_words([settings['model'], data['source'], *here], 'model, source and environment')
+    check_words(settings.get('classes', []), 'classes')
+    check_range('width', settings['width'], 0, 8, open_low=True)
+    check_range('epochs', settings['epochs'], 1, integer=True)
+    check_range('seed', settings['seed'], 0, 2**32 - 1, integer=True)
+    check_range('channels', settings.get('channels', 1), 1, 4096, integer=True)
+    for name in data.keys() - {'source', 'seed', *data_options()}:
+        raise WrongValue(f'images have no setting {name!r}')
+
 # %% ../../nbs/09_runs/01_run.ipynb #89a6d826
 @patch(cls_method=True)
 def open(cls: Run,
@@ -306,8 +334,8 @@ def open(cls: Run,
     folder = as_path(folder, 'folder')
     path = folder/FILES['settings']
     if not is_file(path): raise no_run(folder)
-    needed = ('data', 'model', 'width', 'method', 'epochs', 'seed', 'environment')
-    settings = read_json(path, needed, 'train the run again')
+    settings = read_json(path, NEEDED, 'train the run again', LATER)
+    with describes(path, 'a run'): check_settings(settings)
     if data is not None: settings['data']['source'] = str(as_path(data, 'data'))
     return cls(folder, settings)
 
@@ -373,11 +401,29 @@ def model(self: Run,
     load_checkpoint(model, self.path('model'))
     return model.to(resolve_device(device))
 
+# %% ../../nbs/09_runs/01_run.ipynb #fe89cdd5
+FIGURES = ('params', 'flops', 'latency', 'batch_size', 'params_ratio', 'flops_ratio', 'latency_ratio',
+           'accuracy', 'full_accuracy')
+
+def check_metrics(
+    metrics: Mapping[str, Any], # from `metrics.json`
+) -> None:
+    "Raises `ValueError` and the like for what is no table of figures."
+    found = [metrics['modularity'][name] for name in ('krr', 'cohesion', 'coupling')]
+    for row in metrics['networks']:
+        found += [row[name] for name in FIGURES]
+        check_words([row['network']], 'the names of networks')
+        check_words(row['classes'], 'classes')
+    if all(type(value) in (int, float) for value in found): return
+    raise WrongValue('all figures must be numbers')
+
 # %% ../../nbs/09_runs/01_run.ipynb #db97ebcf
 @patch
 def history(self: Run) -> History:
     "What happened while training."
-    return History(**read_json(self.path('history'), ('rows', 'best_epoch'), 'train the run again'))
+    path = self.path('history')
+    about = read_json(path, ('rows', 'best_epoch'), 'train the run again')
+    with describes(path, 'a history'): return as_history(about)
 
 @patch
 def parts(self: Run) -> Parts:
@@ -387,7 +433,10 @@ def parts(self: Run) -> Parts:
 @patch
 def metrics(self: Run) -> dict[str, Any]: # `modularity`, and `networks`: a row for each
     "The figures of the run."
-    return read_json(self.path('metrics'), ('modularity', 'networks'), 'run mwt evaluate again')
+    path = self.path('metrics')
+    found = read_json(path, ('modularity', 'networks'), 'run mwt evaluate again')
+    with describes(path, 'figures'): check_metrics(found)
+    return found
 
 @patch
 def modules(self: Run,

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+import torch
 from torch import Tensor, nn
 from ..core.accepted import check_is_module, check_weights
 from ..core.checks import check_kind
 from ..core.errors import WrongValue
-from ..core.files import load_tensors, save_tensors
+from ..core.files import describes, load_tensors, save_tensors
 from ..core.signature import (
-    EXTRA, Signature, Signed, as_signature, signature_of, weights_of)
+    Signature, Signed, as_signature, signature_of, weights_of, without_signature)
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint']
@@ -47,9 +48,13 @@ def save_checkpoint(
     return save_tensors(path, 'checkpoint', weights_of(model), about)
 
 # %% ../../nbs/07_train/02_checkpoint.ipynb #54d045e5
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # each fits where another is
+
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
-    "The shape of a tensor, or that there is none."
-    return tuple(tensors[name].shape) if name in tensors else 'missing'
+    "The shape of a tensor, with its type where that must be equal, or that there is none."
+    if name not in tensors: return 'missing'
+    t = tensors[name]
+    return tuple(t.shape) if t.dtype in FLOATS else f'{tuple(t.shape)} {t.dtype}'
 
 def misfit(
     model: nn.Module, # the network that is to take the weights
@@ -58,7 +63,7 @@ def misfit(
 ) -> str: # empty where all fits
     "What does not fit."
     wanted = weights_of(model)
-    for name in [*wanted, *(name for name in weights if name != EXTRA)]:
+    for name in [*wanted, *without_signature(model, weights)]:
         here = _shape(wanted, name)
         there = _shape(weights, name)
         if here != there: return f"{name} is {here} in the network, {there} in the file"
@@ -68,15 +73,23 @@ def misfit(
     return f"it tells {len(known)} classes apart, the file {classes}"
 
 # %% ../../nbs/07_train/02_checkpoint.ipynb #bc5c2d89
+def signature_in(
+    about: Mapping[str, Any], # what a file says beside the weights
+) -> Signature | None: # `None` where it says nothing
+    "What the network takes and answers. Raises `ValueError` where the file says nonsense of it."
+    if 'signature' in about: return as_signature(about['signature'])
+    return as_signature(dict(classes=about['classes'])) if about.get('classes') else None
+
 def sign(
     model: nn.Module, # whose weights have just been loaded; changed in place
     about: Mapping[str, Any], # what a file says beside them
     path: str | Path, # of that file
 ) -> None:
-    "Note what the network takes and answers. Raises `ValueError` where a file says nonsense of it."
-    if 'signature' in about: model.signature = as_signature(about['signature'])
-    elif isinstance(model, Signed) and isinstance(about.get('classes'), list):
-        model.signature = Signature(list(about['classes']))
+    "Note what the network takes and answers."
+    found = signature_in(about)
+    if 'signature' in about: model.signature = found
+    elif isinstance(model, Signed) and found is not None:
+        model.signature = found
         warnings.warn(f'{path} is of mwt 0.1.0 and does not say how images were normalised; '
                       'give the network images that are normalised as in its training')
 
@@ -90,8 +103,9 @@ def load_checkpoint(
     check_weights(model)
     weights, about = load_tensors(path, 'checkpoint')
     weights = ask(model, 'upgrade', weights, otherwise=weights)
+    with describes(path, 'a network'): signature_in(about)
     if fault := misfit(model, weights, about):
         raise WrongValue(f"{path} holds the weights of another network: {fault}")
-    model.load_state_dict(weights)
-    sign(model, about, path)
+    sign(model, about, path)            # first, since a module refuses that of other classes
+    model.load_state_dict(without_signature(model, weights))
     return about

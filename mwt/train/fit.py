@@ -19,17 +19,17 @@ from ..core.accepted import check_answer, check_can_train
 from ..core.checks import check_choice, check_flag, check_range, is_out_of_memory, seeded
 from ..core.display import percent, progress
 from ..core.errors import TrainingLost, WrongValue
-from ..core.files import as_path, check_writable, load_tensors, save_tensors
-from ..core.nets import evaluating, input_dtype, memory_format, untouched
+from ..core.files import as_path, check_writable, describes, load_tensors, save_tensors
+from ..core.nets import evaluating, fast_bfloat16, input_dtype, memory_format, untouched
 from ..core.processes import global_sum, rank_and_size
-from ..core.signature import signature_of, weights_of
+from ..core.signature import signature_of, weights_of, without_signature
 from ..data.batches import ImageData
 from ..data.loaders import as_image_data, matched_data
-from ..channels.trace import input_channels
+from ..channels.trace import REFUSALS, input_channels
 from ..methods.base import METHODS, describe_method, make_method
 from ..measure import check_channels, evaluate, n_outputs
 from .checkpoint import ask, misfit, save_checkpoint
-from .history import History, TrainConfig, make_config
+from .history import History, TrainConfig, as_history, make_config
 from .trainer import Trainer, prefixed, those_of, train_epoch
 
 # %% auto #0
@@ -46,7 +46,7 @@ def check_fit(
     images = torch.zeros(2, *data.shape, device=data.device)
     try:
         with evaluating(model), untouched(model): logits = model(images)
-    except RuntimeError as e:
+    except REFUSALS as e:
         kind = input_dtype(model)
         if kind != torch.float32:
             raise WrongValue(f"the network's weights are {kind}, and training is done in float32; "
@@ -82,11 +82,10 @@ def warn_of_slow_bfloat16(
     config: TrainConfig, # the recipe
     device: torch.device, # of the run
 ) -> None:
-    "Say so where bfloat16 was asked for and the CPU has no instructions for it."
-    if not config.amp or device.type != 'cpu': return
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported(): return
-    warnings.warn('amp=True: this CPU has no fast bfloat16, a step takes several times as long; '
-                  'leave amp out')
+    "Say so where bfloat16 was asked for and the device has no instructions for it."
+    if not config.amp or fast_bfloat16(device): return
+    warnings.warn(f'amp=True: this {device.type.upper()} has no fast bfloat16, a step takes several times '
+                  'as long; leave amp out')
 
 def own_share(
     data: ImageData, # the same in all processes
@@ -146,14 +145,16 @@ EXPLODED = 1e4          # times the loss of the first epoch, or that of guessing
 def lost(self: Fit,
     what: str, # what has happened
 ) -> FloatingPointError: # to be raised
-    "An error that says what to try, and where the best weights are."
+    "An error that says what to try, and where the best weights are; the network gets them back."
     epoch = len(self.history.rows) + 1
     last = ' or a longer warmup'
     if self.run.amp: last = ', a longer warmup, or amp=False'
     remedy = f'try a lower lr than {self.run.config.lr:g}{last}'
     kept = ''
-    if self.history.best_epoch and self.checkpoint:
-        kept = f'; the weights of epoch {self.history.best_epoch} are in {self.checkpoint}'
+    if self.best:
+        self.model.load_state_dict(self.best)
+        where = f'are in {self.checkpoint}' if self.checkpoint else 'are those of the network again'
+        kept = f'; the weights of epoch {self.history.best_epoch} {where}'
     return TrainingLost(f"{what} in epoch {epoch}; {remedy}{kept}")
 
 # %% ../../nbs/07_train/04_fit.ipynb #51be903b
@@ -306,13 +307,20 @@ def resume_run_(self: Fit) -> None:
     "Go on from the file. Raises `ValueError` for a run of another kind."
     state, about = load_tensors(self.resume, 'run')
     check_same_images(self.resume, self.fingerprint, about.get('fingerprint'))
-    check_same_run(self.resume, self.settings(), todays_settings(about['settings']))
+    with describes(self.resume, 'a run'):
+        settings = todays_settings(about['settings'])
+        history = as_history(about['history'])
+        check_range('done', about['done'], 0, 2**53, integer=True)
+    check_same_run(self.resume, self.settings(), settings)
     state = todays_state(self.model, state)
-    if fault := misfit(self.model, those_of('model', state), about['settings']):
+    best = without_signature(self.model, those_of('best', state))
+    for weights in (those_of('model', state), *([best] if history.rows else [])):
+        if not (fault := misfit(self.model, weights, settings)): continue
         raise WrongValue(f"{self.resume} holds a run of another network: {fault}")
+    with describes(self.resume, 'a run'): self.run.check_state(state)
     self.run.load_state(state, about['done'])
-    self.history = History(**about['history'])
-    self.best = those_of('best', state)
+    self.history = history
+    self.best = best
 
 # %% ../../nbs/07_train/04_fit.ipynb #038384bf
 @patch
@@ -340,12 +348,20 @@ def forget(self: Fit) -> None:
     "Remove the file of the run, when nobody needs it any more."
     if self.resume is not None and is_first(): Path(self.resume).unlink(missing_ok=True)
 
+@contextmanager
+def quick_convolutions() -> Iterator[None]:
+    "Inside the block cuDNN tries which of its algorithms is the fastest, for each shape once."
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try: yield
+    finally: torch.backends.cudnn.benchmark = before
+
 @patch
 def train(self: Fit,
     show_progress: bool = True, # a progress bar
 ) -> History: # one row an epoch
     "All epochs that are left."
-    with seeded(self.seed), torch.backends.cudnn.flags(benchmark=True):
+    with seeded(self.seed), quick_convolutions():
         self.start_()
         if signature_of(self.model) is None: self.model.signature = self.data.train.signature
         done = len(self.history.rows)

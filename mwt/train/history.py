@@ -28,7 +28,7 @@ class TrainConfig:
     momentum: float = 0.9       # Nesterov momentum, 0 to below 1
     weight_decay: float = 0.0   # L2 penalty on all weights, at least 0
     warmup: float = 0.1         # fraction of the run in which the learning rate rises, 0 to 1
-    amp: bool | None = None     # bfloat16; `None` where the device is CUDA, `True` everywhere
+    amp: bool | None = None     # bfloat16; `None`: on CUDA, where that is fast; `True` everywhere
     accumulate: int = 1         # micro-batches that a batch is taken in, to save memory, at least 1
 
     def __post_init__(self) -> None:
@@ -83,6 +83,28 @@ class History:
         "One column. Raises `ValueError` for one that is not there."
         if self.rows: check_choice('column', name, list(self.rows[0]))
         return [row[name] for row in self.rows]
+
+# %% ../../nbs/07_train/01_history.ipynb #6929d225
+def _check_row(
+    row: Any, # from a file
+    epoch: int, # its place, from 1
+) -> None:
+    "Raises `ValueError` for anything but figures of this epoch."
+    figures = isinstance(row, dict) and all(type(v) in (int, float) for v in row.values())
+    if figures and row.get('epoch') == epoch and {'loss', 'valid_accuracy'} <= row.keys(): return
+    raise WrongValue(f'row {epoch} of a history must hold epoch={epoch}, loss, valid_accuracy, all of '
+                     'them numbers')
+
+def as_history(
+    about: Any, # from a file
+) -> History:
+    "A history out of its JSON form. Raises `ValueError` for what is none."
+    try: found = History(**about)
+    except TypeError as e: raise WrongValue(f'a history is rows and best_epoch: {e}') from None
+    if not isinstance(found.rows, list): raise WrongValue('the rows of a history must be a list')
+    for epoch, row in enumerate(found.rows, 1): _check_row(row, epoch)
+    check_range('best_epoch', found.best_epoch, 0, len(found.rows), integer=True)
+    return found
 
 # %% ../../nbs/07_train/01_history.ipynb #9363e599
 def _as_text(

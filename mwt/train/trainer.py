@@ -13,13 +13,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from ..core.checks import NotEnoughMemory, is_out_of_memory
-from ..core.errors import TrainingLost
-from ..core.nets import device_of, evaluating, logits_of, memory_format
+from ..core.checks import NotEnoughMemory
+from ..core.errors import TrainingLost, WrongValue
+from ..core.nets import device_of, evaluating, fast_bfloat16, logits_of, memory_format
 from ..core.processes import GlobalNorms, global_sum, rank_and_size
-from ..core.signature import weights_of
+from ..core.signature import weights_of, without_signature
 from ..methods.base import cross_entropy
-from .checkpoint import ask
+from ..methods.modular import ModularModel
+from .checkpoint import FLOATS, ask
 from .history import TrainConfig, lr_factor
 
 # %% auto #0
@@ -72,7 +73,8 @@ class Trainer:
         self.compile = compile
         self.format = format
         self.device = device_of(model)
-        self.amp = self.device.type == 'cuda' if config.amp is None else config.amp
+        self.amp = config.amp
+        if config.amp is None: self.amp = self.device.type == 'cuda' and fast_bfloat16(self.device)
         self.may_shrink = True                  # until the model has been asked for a smaller one
         self.origins: dict[str, Tensor] = {}    # weight of a smaller `net` -> its place in the model's
         self.optimizer = make_optimizer(model, config)
@@ -119,7 +121,8 @@ def train_(self: Trainer,
 ) -> None:
     "Train this network from here on."
     self.net = net
-    if self.compile: getattr(net, 'net', net).compile()
+    part = net.net if isinstance(net, ModularModel) else net
+    if self.compile: part.compile()
     self.loss = distributed(LossLayer(net), self.device)
 
 # %% ../../nbs/07_train/03_trainer.ipynb #dc6f8985
@@ -398,12 +401,26 @@ def state(self: Trainer) -> dict[str, Tensor]: # names begin with model, momentu
     return model | momentum | prefixed('random', self.random_state())
 
 @patch
+def check_state(self: Trainer,
+    state: Mapping[str, Tensor], # from a file; its weights fit the model
+) -> None:
+    "Raises `ValueError` and the like for momentum or random numbers that cannot be taken over."
+    weights = dict(self.model.named_parameters())
+    for name, momentum in those_of('momentum', state).items():
+        if momentum.shape == weights[name].shape and momentum.dtype in FLOATS: continue
+        raise WrongValue(f'the momentum of {name} has another shape or type than the weight')
+    random = those_of('random', state)
+    torch.Generator().set_state(random['cpu'])
+    if self.device.type == 'cuda' and 'cuda' in random:
+        torch.Generator(self.device).set_state(random['cuda'])
+
+@patch
 def load_state(self: Trainer,
     state: Mapping[str, Tensor], # from `state`
     done: int, # steps
 ) -> None:
     "Go on from there. Only before the first step."
-    self.model.load_state_dict(those_of('model', state))
+    self.model.load_state_dict(without_signature(self.model, those_of('model', state)))
     for name, momentum in those_of('momentum', state).items():
         p = self.model.get_parameter(name)
         self.optimizer.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(momentum)
