@@ -129,6 +129,7 @@ def confusion(
 ) -> Tensor: # (classes, classes) counts on the CPU: rows are true, columns answered
     "Which class was taken for which. Raises `ValueError` for an unknown class."
     check_is_network(model)
+    check_weights(model)
     batches = found_batches(model, batches)
     check_channels(model, batches)
     known = known_classes(model, batches)

@@ -661,7 +661,9 @@ def _(found: Path, self: Any, history: Any) -> None: assert snapshot(self.histor
 @call('Run.save_parts', needed='parts', self=OLD, parts='Run.open(OLD).parts()')
 def _(found: Path, self: Any, parts: Any) -> None: assert snapshot(self.parts()) == snapshot(parts)
 
-@call('Run.save_metrics', needed='metrics', self=OLD, metrics="{'modularity': {}, 'networks': []}")
+FIGURES = "{'modularity': dict(krr=.1, cohesion=1., coupling=0.), 'networks': []}"
+
+@call('Run.save_metrics', needed='metrics', self=OLD, metrics=FIGURES)
 def _(found: Path, self: Any, metrics: Any) -> None: assert self.metrics() == metrics
 
 @call('Run.save_module', needed='module', self='Run.open(SPARE)', words='module', module='module()',
