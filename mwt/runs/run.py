@@ -25,7 +25,8 @@ import mwt
 from ..core.checks import check_choice, check_flag, check_kind, check_range, resolve_device, shown
 from ..core.display import Table, percent
 from ..core.errors import InUse, NotFound, WrongType, WrongValue
-from ..core.files import as_path, describes, fits_disk, is_file, read_json, unwritable, write_json
+from ..core.files import (
+    SENSELESS, as_path, describes, fits_disk, is_file, read_json, unwritable, write_json)
 from ..core.locks import LOCK, check_free, owned
 from ..core.processes import global_sum, rank_and_size
 from ..data.batches import ImageData, SplitData, class_names
@@ -517,9 +518,10 @@ def save_module(self: Run, module: SlimModule) -> Path: # the file
 @patch
 def save_metrics(self: Run, metrics: dict[str, Any]) -> Path: # the file
     "Keep the figures of the run."
-    if not isinstance(metrics, dict) or not {'modularity', 'networks'} <= metrics.keys():
-        raise WrongType("metrics must be a dictionary with modularity and networks, "
-                        f"not {shown(metrics)}")
+    try: check_metrics(metrics)
+    except SENSELESS as e:
+        raise WrongType(f'metrics must be figures, as Run.evaluate keeps them, not {shown(metrics)} '
+                        f'({shown(e)})') from e
     return write_json(self.path('metrics'), metrics)
 
 # %% ../../nbs/09_runs/01_run.ipynb #96d64078
