@@ -201,7 +201,8 @@ def test_awkward_network(kind: str, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
     if (kind, method) == ('divide', 'moda'):
-        with pytest.raises(ValueError, match='no ReLU of it'): modularize(Block(kind), 4, method, example_input=x)
+        with pytest.raises(ValueError, match='no ReLU of it'):
+            modularize(Block(kind), 4, method, example_input=x)
         return
     model = modularize(lively(Block(kind)), 4, method, example_input=x).eval()
     for classes in ([2], [3, 0]): check_exact(model, classes, x, tmp_path/'module.safetensors')
