@@ -142,6 +142,7 @@ def atomic_write(
     for check in GUARDS: check(path)
     try: _write_beside(path, write)
     except (OSError, SafetensorError) as e:
+        for check in GUARDS: check(path)        # the folder may have gone in between
         error = unwritable(path, e)
         if error is None: raise
         raise error from e
