@@ -47,7 +47,9 @@ def small_vgg(norm: bool) -> nn.Module:
 
 
 def small_resnet(block: type[nn.Module] = resnet.Bottleneck, **settings: int) -> nn.Module:
-    return resnet.ResNet(block, [1, 2, 1, 1], num_classes=N, **settings)
+    net = resnet.ResNet(block, [1, 2, 1, 1], num_classes=N, **settings)
+    net.layer4, net.fc = nn.Identity(), nn.Linear(net.fc.in_features // 2, N)       # half of all channels
+    return net
 
 
 def small_mobilenet_v3() -> nn.Module:

@@ -89,7 +89,7 @@ def in_turns(names: Sequence[str], slow: Container[str] = ()) -> list[Any]:
     return cases
 
 
-CASES = in_turns(FAMILIES, slow={'inception_v3'})
+CASES = in_turns(FAMILIES, slow={'inception_v3', 'wide_resnet50_2'})
 
 
 @pytest.mark.parametrize('name, method', CASES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from networks import NETWORKS, calibrate, lively, random_parts
+from shallow import small_resnet
 from torch import Tensor, nn
 from mwt.core.signature import weights_of
 from mwt.channels.cut import slice_channels_
@@ -227,8 +228,7 @@ FASTER: dict[str, Callable[[], nn.Module]] = {
     'simcnn': NETWORKS['simcnn'], 'resnet18': NETWORKS['resnet18'],
     'mobilenet': lambda: create_model('mobilenet', width=0.25),
     'densenet': lambda: torchvision.models.DenseNet(12, (2, 3), 24, bn_size=2, num_classes=10),
-    'resnext': lambda: torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1],
-                                                 num_classes=10, groups=32, width_per_group=4)}
+    'resnext': lambda: small_resnet(groups=32, width_per_group=4)}
 # these norms read a concatenation or a pooling
 DENSENET_NORMS = {'features.transition1.norm', 'features.norm5'} | {
     f'features.denseblock{b}.denselayer{i}.norm1' for b, n in ((1, 2), (2, 3)) for i in range(1, n + 1)}

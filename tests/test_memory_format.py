@@ -48,7 +48,7 @@ print('module', .1, difference(module, images.sigmoid(), labels % 2))
 
 
 @pytest.mark.parametrize('threads', [1, 2])
-@pytest.mark.parametrize('isa', ['AVX2', 'DEFAULT'])
+@pytest.mark.parametrize('isa', ['AVX2', pytest.param('DEFAULT', marks=pytest.mark.slow)])
 def test_gradients_are_right(isa: str, threads: int) -> None:
     env = os.environ | {'ONEDNN_MAX_CPU_ISA': isa, 'OMP_NUM_THREADS': str(threads)}
     cmd = [sys.executable, '-c', SCRIPT, str(threads)]

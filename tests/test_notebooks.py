@@ -8,7 +8,7 @@ from run_notebook import differs, say_into
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 # Notebooks, and folders of notebooks, that train networks for more than half a minute.
 SLOW = {'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
-        'tutorials/05_many_machines.ipynb', 'baselines'}
+        'tutorials/05_many_machines.ipynb', '09_runs/04_demo.ipynb', 'baselines'}
 
 
 def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in path.relative_to(NBS).parts)
