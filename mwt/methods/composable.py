@@ -18,7 +18,7 @@ from ..channels.mapping import ChannelMap
 from .losses import class_sums
 from .base import Masks, Method, cross_entropy
 from .modular import GOLDEN
-from .shared import SharedMasks, coupled_masks, number_units, union
+from .shared import SetStatistics, SharedMasks, coupled_masks, number_units, union
 
 # %% auto #0
 __all__ = ['Composable']
@@ -191,6 +191,9 @@ class Composable(Method, name='composable'):
     closed_by: float = 0.5      # fraction of the run after which they are frozen, from `close_from`
     decay: float = 0.995        # of the running mean of squared gradients, 0 to below 1
     two_roles: bool = True      # with frozen gates each image trains full model and target set
+    dense: bool = False         # the full model keeps all kernels; target sets are trained inside it
+    set_fraction: float = 0.5   # of each batch that trains target sets too (dense), above 0, at most 1
+    distill: float = 0.5        # share of the full model's answer in what sets learn (dense), 0 to 1
     skip_first: bool = False    # leave the first convolution unmasked
     renamed: ClassVar[dict[str, str]] = dict(
         full='full_fraction', start='close_from', end='closed_by', memory='decay', twice='two_roles')
@@ -200,9 +203,12 @@ class Composable(Method, name='composable'):
         check_range('separation', self.separation, 0)
         check_range('full_fraction', self.full_fraction, 0, 1)
         check_range('close_from', self.close_from, 0, 1)
+        check_range('set_fraction', self.set_fraction, 0, 1, open_low=True)
+        check_range('distill', self.distill, 0, 1)
         check_range('decay', self.decay, 0, 1)
         check_range('closed_by', self.closed_by, self.close_from, 1)
         check_flag('two_roles', self.two_roles)
+        check_flag('dense', self.dense)
         check_flag('skip_first', self.skip_first)
         if self.decay == 1:
             raise WrongValue(f"decay must be a number at least 0 and below 1, not {self.decay!r}")
@@ -217,7 +223,9 @@ def choose(self: Composable, channels: ChannelMap) -> ChannelMap:
 def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: int,
            example: Tensor) -> Masks:
     unit_of_channel, kernels, groups = number_units(channels)
-    return SharedMasks(net, channels, unit_of_channel, ClassGates(n_classes, kernels, groups))
+    gates = ClassGates(n_classes, kernels, groups)
+    statistics = SetStatistics(net, example) if self.dense else None
+    return SharedMasks(net, channels, unit_of_channel, gates, statistics)
 
 @patch
 @torch.no_grad()
@@ -252,12 +260,14 @@ def targets(self: Composable,
     "Target sets for a batch of labels, the same in all processes."
     full = 1 - (1 - self.full_fraction) * progress
     if self.two_roles and self.ready(progress): full = 0.       # it has a role of its own then
+    if self.dense: full = self.full_fraction                    # of sets with all classes
     return own_rows(draw_targets(global_rows(labels), n_classes, full))
 
 @patch
 def training_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor,
                   progress: float) -> tuple[Tensor, dict[str, Tensor]]:
     "Cross-entropy among the classes of random target sets."
+    if self.dense: return self.dense_loss(model, images, labels, progress)
     gates, frozen, roles = model.masks.gates, self.ready(progress), 1
     targets = self.targets(labels, model.n_classes, progress)
     gates.learning = not frozen
@@ -269,6 +279,33 @@ def training_loss(self: Composable, model: nn.Module, images: Tensor, labels: Te
     loss, logged = cross_entropy(logits, labels)
     return roles * loss, logged | dict(krr=gates.krr)
 
+# %% ../../nbs/05_methods/09_composable.ipynb #beed0993
+def set_distance(
+    answers: Tensor, # (batch, classes) logits of target sets, -inf outside of them
+    teacher: Tensor, # (batch, classes) logits of the full model for the same images
+    targets: Tensor, # (batch, classes) boolean
+) -> Tensor: # scalar
+    "Cross-entropy between what the full model answers among the classes of a set, and the set's answer."
+    wanted = teacher.detach().float().masked_fill(~targets, float('-inf')).softmax(1)
+    return -(wanted * answers.log_softmax(1).masked_fill(~targets, 0.)).sum(1).mean()
+
+@patch
+def dense_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor,
+               progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    "Cross-entropy of the full model, and of target sets inside it on a part of the batch."
+    gates = model.masks.gates
+    gates.learning = not self.ready(progress)
+    logits = model(images)
+    loss, logged = cross_entropy(logits, labels)
+    logged |= dict(krr=gates.krr)
+    if progress < self.close_from: return loss, logged
+    n = math.ceil(self.set_fraction * len(labels))
+    targets = self.targets(labels[:n], model.n_classes, progress)
+    answers = model(images[:n], targets).float().masked_fill(~targets, float('-inf'))
+    hard = F.cross_entropy(answers, labels[:n])
+    soft = set_distance(answers, logits[:n], targets)
+    return loss + (1 - self.distill) * hard + self.distill * soft, logged
+
 # %% ../../nbs/05_methods/09_composable.ipynb #676dff54
 SET_EVERY = 8       # steps; scores change slowly, and to compare all of them takes time
 
@@ -278,7 +315,7 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     "Learn from the gradient of a step, and set the gates from time to time."
     gates = model.masks.gates
     if gates.mask is None: return
-    gates.observe(labels, self.decay)
+    gates.observe(labels[:len(gates.mask)], self.decay)
     if step % SET_EVERY and not self.ready(progress): return
     scores, fraction = gates.relative(self.separation), self.open_fraction(progress)
     gates.gates.copy_(open_gates(scores, gates.kernels, gates.groups, fraction))
