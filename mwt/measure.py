@@ -18,7 +18,7 @@ from .core.accepted import (check_answer, check_is_module, check_is_network,
                                check_weights)
 from .core.checks import check_choice, check_range, is_out_of_memory, room_for
 from .core.display import Table, percent
-from .core.errors import MwtError, WrongValue
+from .core.errors import MwtError, TrainingLost, WrongValue
 from .core.processes import global_sum
 from .core.nets import device_of, evaluating, input_dtype, untouched
 from .core.signature import Signature, signature_of
@@ -121,7 +121,7 @@ def _names(classes: Any) -> list[str]:
     if not names: raise WrongValue('classes must be at least one, or None for all')
     return names
 
-# %% ../nbs/06_measure/01_measure.ipynb #bccd86c0
+# %% ../nbs/06_measure/01_measure.ipynb #79bc5c39
 def confusion(
     model: nn.Module, # any network
     batches: Batches | LoaderBatches | Iterable, # a split or a `DataLoader`
@@ -129,6 +129,7 @@ def confusion(
 ) -> Tensor: # (classes, classes) counts on the CPU: rows are true, columns answered
     "Which class was taken for which. Raises `ValueError` for an unknown class."
     check_is_network(model)
+    check_weights(model)
     batches = found_batches(model, batches)
     check_channels(model, batches)
     known = known_classes(model, batches)
@@ -147,10 +148,11 @@ def confusion(
             answers = logits.argmax(1)
             lost |= logits.isnan().any()
             counts += torch.bincount(labels * n + answers, minlength=n * n)
-    if batches.shared: counts = global_sum(counts)      # each process saw its rows only
+    if batches.shared:      # each process saw its rows only
+        counts, lost = global_sum(counts), global_sum(lost.float())
     if lost:
-        raise WrongValue(f'{type(model).__name__} answers NaN; load its weights again, or give '
-                         'images without NaN')
+        raise TrainingLost(f'{type(model).__name__} answers NaN; its weights or the images hold '
+                           'NaN or infinite values')
     return counts.view(n, n).cpu()
 
 # %% ../nbs/06_measure/01_measure.ipynb #e2260509
@@ -256,12 +258,13 @@ def profiles(
         check_is_network(model)
         check_weights(model)
     device = device_of(models[0])
-    with room_for(f'{batch_size=} images', 'take a smaller batch_size'):
+    room = f'{batch_size=} images', 'take a smaller batch_size'
+    with room_for(*room):
         x = torch.rand(batch_size, *_input_shape(models[0]), device=device)
     inputs = [x.to(input_dtype(m)) for m in models]
     for model, x in zip(models, inputs): _check_takes(model, x[:2])
     calls = {str(i): partial(m, x) for i, (m, x) in enumerate(zip(models, inputs))}
-    with ExitStack() as stack:
+    with room_for(*room), ExitStack() as stack:
         for m in models: stack.enter_context(evaluating(m))
         times = time_in_turns(calls, device, repeats)
     latencies = [t['seconds'] for t in times.values()]

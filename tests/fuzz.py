@@ -216,7 +216,7 @@ class Call:
 CALLS: dict[str, Call] = {}
 
 def call(name: str, /, needed: str = '', fixed: str = 'self', small: str = '', changes: str = '',
-         words: str = '', loose: bool = False, twice: bool = True, examples: int = 25,
+         words: str = '', loose: bool = False, twice: bool = True, examples: int = 20,
          odd: Mapping[str, str] = {}, **good: str) -> Callable:
     "Registers what stands below as the check of a call."
     def register(check: Callable[..., None]) -> Callable[..., None]:

@@ -25,7 +25,7 @@ def made_modular(net: nn.Module, method: str, x: Tensor, n_classes: int = 10) ->
     "A modular model; skips what a method has nothing to mask in, and says so."
     try: return modularize(net, n_classes, method, example_input=x)
     except ValueError as e:
-        if 'no layer is left to mask' not in str(e): raise
+        if method == DEFAULT or 'no layer is left to mask' not in str(e): raise
         pytest.skip(str(e))
 
 
@@ -200,7 +200,11 @@ KINDS = [
 def test_awkward_network(kind: str, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
-    model = made_modular(lively(Block(kind)), method, x, 4).eval()
+    if (kind, method) == ('divide', 'moda'):
+        with pytest.raises(ValueError, match='no ReLU of it'):
+            modularize(Block(kind), 4, method, example_input=x)
+        return
+    model = modularize(lively(Block(kind)), 4, method, example_input=x).eval()
     for classes in ([2], [3, 0]): check_exact(model, classes, x, tmp_path/'module.safetensors')
 
 
@@ -313,12 +317,13 @@ def test_what_needs_no_channels_holds_none(kind: str) -> None:
 
 
 @pytest.mark.parametrize('kind, reason', [('order', 'picks some of its channels'), ('computed', 'reads it'),
-                                          ('table', ''), ('constant', 'made in the forward pass')])
+                                          ('table', 'picks some of its channels'),
+                                          ('constant', 'made in the forward pass')])
 def test_index_tensors_hold_their_channels(kind: str, reason: str) -> None:
     "Values are never read from tensors without memory."
     first, second = (mapped(Odd(kind)) for _ in range(2))
     assert torch.equal(first[0].root, second[0].root)
-    assert reason in first[1]['a'].reason and first[1]['a'].reason
+    assert reason in first[1]['a'].reason
     check_cut(Odd(kind))
 
 

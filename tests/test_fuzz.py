@@ -242,7 +242,7 @@ def _(found: Any, self: Any, rank: int, world: int) -> None: assert found.train.
 def _(found: Any, train: Any, valid: Any, test: Any, fingerprint: Any = None) -> None:
     assert found.n_classes == 3 and found.shape == (1, 8, 8) and repr(found)
 
-@call('image_data', examples=30, needed='source root device', words='data set|folder|data must|pad',
+@call('image_data', examples=20, needed='source root device', words='data set|folder|data must|pad',
       root='TMP', fixed='root', source="'digits' | FOLDER | str(FOLDER)", batch_size='32 | np.int64(8)',
       seed='0 | 1', valid='.2 | .3', size='None | 4 | np.int64(6)', augment="'auto' | None | Augment(1)",
       device="'cpu'", show_progress='False', streaming='None | False', workers='0 | None | np.int64(0)',
@@ -278,7 +278,7 @@ METHOD_NAMES = ("'composable' | 'mwt' | 'moda' | Composable(target_krr=.3) | MwT
                 ' | Composable')
 BAD_METHODS = "'compose' | Method | Method() | nn.Module | 'MWT' | ['mwt']"
 
-@call('modularize', examples=40, needed='model n_classes',
+@call('modularize', examples=30, needed='model n_classes',
       words='already|network|layer|mask|setting|forward pass|weights',
       model='net() | net().eval() | net().double()', n_classes='3 | np.int64(3)', method=METHOD_NAMES,
       example_input='None | torch.zeros(1, 1, 8, 8) | torch.zeros(4, 1, 9, 7)',
@@ -362,7 +362,7 @@ def trained(history: Any, model: nn.Module, epochs: int) -> None:
         assert all(math.isfinite(v) for v in row.values()) and is_fraction(row['valid_accuracy'])
     assert all(t.isfinite().all() for t in weights_of(model).values())
 
-@call('fit', examples=40, needed='model data epochs show_progress', small='epochs',
+@call('fit', examples=30, needed='model data epochs show_progress', small='epochs',
       changes='model data checkpoint resume', loose=True, model=TRAINABLE, data=DATA,
       epochs='1 | 2 | np.int64(1)', seed='0 | np.int64(3)', config='None | TrainConfig(lr=.02)',
       device="None | 'cpu'", checkpoint="None | TMP/'a.safetensors' | str(TMP/'ü b')",
@@ -622,7 +622,7 @@ def _(found: Any, self: Any, device: Any = None) -> None: assert found.classes =
       odd=dict(data='data(3) | data().train'))
 def _(found: Any, self: Any, data: Any = None) -> None: assert found.n_classes == 3
 
-@call('Run.model', examples=4, twice=False, self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
+@call('Run.model', examples=3, twice=False, self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, device: Any = None) -> None: assert found.n_classes == 3
 
 @call('Run.modules', self=OLD, device=DEVICES, odd=dict(device=BAD_DEVICES))
@@ -633,7 +633,7 @@ def _(found: Any, self: Any, device: Any = None) -> None: assert all(m.classes f
 def _(found: Path, self: Any, classes: Any) -> None:
     assert found.parent == self.folder/'modules' and len(found.name.encode()) < 255
 
-@call('Run.decompose', examples=4, needed='show_progress', self=OLD, threshold='.9 | .5',
+@call('Run.decompose', examples=3, needed='show_progress', self=OLD, threshold='.9 | .5',
       device="None | 'cpu'", show_progress='False', odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, **rest: Any) -> None: assert snapshot(self.parts()) == snapshot(found)
 
@@ -661,7 +661,9 @@ def _(found: Path, self: Any, history: Any) -> None: assert snapshot(self.histor
 @call('Run.save_parts', needed='parts', self=OLD, parts='Run.open(OLD).parts()')
 def _(found: Path, self: Any, parts: Any) -> None: assert snapshot(self.parts()) == snapshot(parts)
 
-@call('Run.save_metrics', needed='metrics', self=OLD, metrics="{'modularity': {}, 'networks': []}")
+FIGURES = "{'modularity': dict(krr=.1, cohesion=1., coupling=0.), 'networks': []}"
+
+@call('Run.save_metrics', needed='metrics', self=OLD, metrics=FIGURES)
 def _(found: Path, self: Any, metrics: Any) -> None: assert self.metrics() == metrics
 
 @call('Run.save_module', needed='module', self='Run.open(SPARE)', words='module', module='module()',

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import random_parts
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision import models
-from mwt.channels.description import describe_layer, describe_steps, make_layer
+from mwt.channels.description import OWN_ATTRIBUTES, describe_layer, describe_steps, make_layer
 from mwt.channels.operations import ATTRIBUTES, FUNCTIONS, LAYERS, METHOD_NAMES, verdict
 from mwt.channels.rules import RULES, STOCHASTIC_DEPTH
 from mwt.core.files import load_tensors
@@ -430,7 +430,9 @@ def test_whatever_is_followed_can_be_stored() -> None:
 
 def test_names_in_files_of_version_0_1_0() -> None:
     "Those of its lists, and those in its files."
-    for path in OLD.rglob('modules/*.safetensors'):
+    paths = list(OLD.rglob('modules/*.safetensors'))
+    assert paths
+    for path in paths:
         _, about = load_tensors(path, 'module')
         assert {layer['type'] for layer in about['layers'].values()} <= LAYERS.keys()
         for step in about['steps']:
@@ -657,6 +659,12 @@ def test_what_mixes_the_classes_is_refused_at_once(kind: str) -> None:
         modularize(Behind(kind), 4, example_input=X)
 
 
+@fx.wrap
+def closed(x: Tensor) -> Tensor:
+    "A function that a library has closed to traces."
+    return F.relu(x) * 2
+
+
 class Looks(Base):
     "Operations that are left whole, and followed ones in unusual forms."
 
@@ -707,6 +715,14 @@ class Looks(Base):
             return x + self.inorm(self.up(x)[:, :, ::2, ::2])
         if k == 'pointwise':
             return torch.maximum(x, x.erf()) + torch.lerp(x, x.sin(), 0.5)
+        if k == 'assignment':
+            frame = x.new_zeros((h, w))
+            frame[1:-1, 1:-1] = 1
+            return x * frame
+        if k == 'closed':
+            return closed(x)
+        if k == 'expand':
+            return x.mean((2, 3), keepdim=True).expand(-1, 8, -1, -1) + x
         if k == 'branch':
             if x.shape[-1] % 3:
                 x = F.pad(x, (0, 1))
@@ -730,13 +746,16 @@ LOOKS = [
     'residual norm',
     'pointwise',
     'branch',
+    'assignment',
+    'closed',
+    'expand',
 ]
 
 
 @pytest.mark.parametrize('kind', LOOKS)
 def test_networks_that_look(kind: str, tmp_path: Path) -> None:
     model, module = to_the_end(Looks(kind), tmp_path)
-    if kind in ('instance norm', 'affine', 'sync', 'where', 'pointwise', 'branch'):
+    if kind in ('instance norm', 'affine', 'sync', 'where', 'pointwise', 'branch', 'closed'):
         assert not reasons(model)['a']
     assert module.last.out_channels < 8
 
@@ -834,11 +853,6 @@ def test_inception_needs_large_images() -> None:
         modularize(net, 4, example_input=torch.randn(2, 3, 75, 75))
 
 
-class Hooked(Base):
-    def middle(self, x: Tensor) -> Tensor:
-        return x
-
-
 def test_what_a_file_cannot_hold_is_said_before_training() -> None:
     class Needs(Base):
         def middle(self, x: Tensor) -> Tensor:
@@ -859,6 +873,139 @@ def test_what_a_file_cannot_hold_is_said_before_training() -> None:
     ):
         with pytest.raises(ValueError, match=says):
             modularize(net, 4, example_input=X)
+
+
+class Does(Base):
+    "Something in the middle."
+
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+        self.gamma, self.branch = nn.Parameter(torch.zeros(8, 1, 1)), nn.Conv2d(8, 8, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+NO_GRADIENT: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    'comparison': (lambda net, x: (x > 0).float(), 'to any masked layer: gt passes none on'),
+    'places': (lambda net, x: x.argsort(1).float(), 'to any masked layer: argsort passes none on'),
+    'detached': (lambda net, x: x.detach(), 'to any masked layer: detach passes none on'),
+    'no derivative': (lambda net, x: x // 1, 'not in training.*floor_divide is not implemented'),
+    'overwritten': (lambda net, x: x.exp().mul_(x).exp_().mul_(x), 'not in training.*inplace operation'),
+}
+
+
+@pytest.mark.parametrize('call, says', NO_GRADIENT.values(), ids=NO_GRADIENT)
+def test_what_cannot_learn_is_refused_at_once(call: Callable, says: str) -> None:
+    net = Does(call)
+    net.b, net.last = nn.Identity(), nn.Identity()  # nothing is masked behind it
+    with pytest.raises(ValueError, match=says):
+        modularize(net, 4, example_input=X)
+
+
+def test_a_gradient_that_some_layers_lack_is_enough(tmp_path: Path) -> None:
+    "Attention that is not learned, say."
+    to_the_end(Does(lambda net, x: x * (x > 0) + x.detach().sigmoid()), tmp_path)
+
+
+def unlike(net: nn.Module, x: Tensor) -> Tensor:
+    "A branch that begins as nothing, and is another one where a point stands in its place."
+    y = net.branch(x)
+    return x + net.gamma * (y.relu() if isinstance(net.branch, nn.Conv2d) else y - 1)
+
+
+def test_fresh_weights_hide_nothing() -> None:
+    with pytest.raises(ValueError, match='cannot be cut exactly: .*class of a layer'):
+        modularize(Does(unlike), 4, 'mwt', example_input=X)
+
+
+def test_zeros_that_make_nan_are_refused_at_once() -> None:
+    net = Does(lambda net, x: net.branch(x) * net.branch(x).square().mean((2, 3), keepdim=True).rsqrt())
+    with pytest.raises(ValueError, match='answers NaN where a channel is all zeros'):
+        modularize(net, 4, example_input=X)
+
+
+class Root(Base):
+    "Takes numbers from 0 to 1 only."
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sqrt())
+
+
+@pytest.mark.parametrize('method', ['composable', 'mwt', 'moda'])
+def test_networks_for_numbers_from_0_to_1(method: str) -> None:
+    model = modularize(Root(), 4, method, example_input=X)
+    three_steps(model, PIXELS)
+    module = extract(model, random_parts(model, 0.5), [2, 0])
+    assert module(PIXELS).isfinite().all()
+
+
+class Squeezed(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.b(self.a(self.stem(x).relu()).relu()).relu())
+        return self.head(x.relu().mean((2, 3), keepdim=True).squeeze())
+
+
+@pytest.mark.parametrize('method', ['composable', 'mwt', 'moda'])
+def test_a_squeeze_never_takes_the_channels(method: str) -> None:
+    model = modularize(Squeezed(), 4, method, example_input=X)
+    module = extract(model, random_parts(model, None), [2, 0])  # one kernel a layer
+    assert module.a.out_channels == 1 and module(X).shape == (2, 2)
+
+
+def test_constant_sizes_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    "A rule of a user's may be wrong: its layer counts on eight channels."
+
+    class Eight(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(-1, 8, 8, 8)
+
+    monkeypatch.setitem(RULES, Eight, RULES['contiguous'])
+    net = Does(lambda net, x: net.eight(x))
+    net.eight = Eight()
+    with pytest.raises(ValueError, match='cannot be cut: it fails without some kernels .Given groups'):
+        modularize(net, 4, example_input=X)
+
+
+# Names
+
+
+class Calls(Base):
+    "A layer or a buffer of some name."
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__()
+        self.called, self.kind = name, kind
+        if kind == 'layer':
+            self.add_module(name, nn.Conv2d(8, 8, 1))
+        else:
+            self.register_buffer(name, torch.rand(8, 1, 1))
+
+    def middle(self, x: Tensor) -> Tensor:
+        own = getattr(self, self.called)
+        return own(x).relu() if self.kind == 'layer' else x * own
+
+
+def test_names_that_modules_use_are_known() -> None:
+    model = modularize(Base(), 4, example_input=X)
+    module = extract(model, random_parts(model, 0.5), [0])
+    own = {n for n in dir(module) if n[0] != '_' and not hasattr(nn.Module(), n)} - module._modules.keys()
+    assert own <= set(OWN_ATTRIBUTES) and {'classes', 'signature'} <= own
+
+
+@pytest.mark.parametrize('name, method', [
+    *product([*OWN_ATTRIBUTES, 'normalised', 'net', 'masks', 'output'], ['composable']),
+    *product(['point0', 'whole'], ['moda'])])
+def test_names_are_no_obstacle_or_refused_at_once(name: str, method: str, tmp_path: Path) -> None:
+    for kind in ('layer', 'buffer'):
+        net = Calls(name, kind)
+        taken = name in ('pixel_mean', 'pixel_std', 'normalised', 'signature')
+        if taken or kind == 'buffer' and name in OWN_ATTRIBUTES:
+            with pytest.raises(ValueError, match=f"something called '{name}'"):
+                modularize(net, 4, method, example_input=X)
+        else:
+            to_the_end(net, tmp_path, method=method)
 
 
 def test_steps_name_operations_of_every_spelling() -> None:

@@ -113,7 +113,7 @@ def iter(self: Tracer, obj: fx.Proxy) -> Iterator[fx.Proxy]:
     return (obj[i] for i in range(len(self.decided(obj))))
 
 # %% ../../nbs/04_channels/01_trace.ipynb #551dbf80
-class NotInNetwork(ValueError):
+class NotInNetwork(WrongValue):
     "A forward pass calls a layer that is no part of the network."
 
 @patch

@@ -70,7 +70,8 @@ def check_range(
 ) -> None:
     "Raises `TypeError` for what is no number, `ValueError` for a number outside the range."
     kind = 'a whole number' if integer else 'a number'
-    if isinstance(value, bool) or not isinstance(value, WHOLE if integer else NUMBERS):
+    allowed = WHOLE if integer else NUMBERS
+    if isinstance(value, bool) or not isinstance(value, allowed):
         raise WrongType(f"{name} must be {kind}, not {shown(value)}")
     largest = high
     if high == math.inf: largest = LARGEST if integer else sys.float_info.max

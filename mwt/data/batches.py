@@ -650,7 +650,8 @@ def _numbered_classes(
     labels: Any, # (samples,) whole numbers
 ) -> list[str]: # '0', '1', ...
     "A name for each label. Raises `ValueError` where there are fewer samples than classes."
-    labels = check_labels(labels, len(labels) if hasattr(labels, '__len__') else 1, 'train labels')
+    labels = check_labels(labels, LARGEST_BATCH, 'train labels')
+    labels = check_labels(labels, len(labels), 'train labels')
     if not len(labels): raise WrongValue('train must have images and labels, not none')
     return [str(i) for i in range(int(labels.max()) + 1)]
 

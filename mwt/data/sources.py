@@ -16,7 +16,7 @@ from ..core.checks import (NUMBERS, check_choice, check_flag, check_kind, check_
                              own_numbers_, room_for, shown)
 from ..core.errors import NotFound, WrongType, WrongValue
 from ..core.files import as_path, fits_disk
-from .augment import Augment
+from .augment import LARGEST_SIDE, Augment
 from .batches import ImageData, _auto_augment, _check_options, from_tensors
 from .folders import (ImageFile, cached_images, files_fingerprint, list_images,
                               without_broken)
@@ -204,7 +204,7 @@ def _check_reading(
     how: Reading, # as the user said
 ) -> None:
     "Raises for options of folders that are wrong, or that a named set does not have."
-    if how.size is not None: check_range('size', how.size, 1, integer=True)
+    if how.size is not None: check_range('size', how.size, 1, LARGEST_SIDE, integer=True)
     if how.white is not None: check_range('white', how.white, 0, open_low=True)
     if how.streaming is not None: check_flag('streaming', how.streaming)
     check_flag('skip_broken', how.skip_broken)

@@ -103,7 +103,8 @@ def target_rows(
     classes: Sequence[str | int], # target classes, by name or number
 ) -> list[int]: # their rows, in the given order
     "Find target classes. Raises `ValueError` for none, an unknown or a repeated one."
-    rows = [parts.index(c) for c in as_list([] if classes is None else classes)]
+    if classes is None: classes = []
+    rows = [parts.index(c) for c in as_list(classes)]
     if not rows:
         known = ', '.join(parts.classes)
         raise WrongValue(f"no target class given; name at least one of {known}")

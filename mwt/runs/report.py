@@ -106,6 +106,7 @@ def _module_files(
     stems = [p.stem for p in paths] + [FULL]
     return {p.stem if stems.count(p.stem) == 1 else str(p): p for p in paths}
 
+# %% ../../nbs/09_runs/03_report.ipynb #d0c9dc96
 def _evaluated(
     run: Run, # trained
     modules: Sequence[str | Path], # module files; none: those of the run

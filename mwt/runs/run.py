@@ -25,7 +25,8 @@ import mwt
 from ..core.checks import check_choice, check_flag, check_kind, check_range, resolve_device, shown
 from ..core.display import Table, percent
 from ..core.errors import InUse, NotFound, WrongType, WrongValue
-from ..core.files import as_path, describes, fits_disk, is_file, read_json, unwritable, write_json
+from ..core.files import (
+    SENSELESS, as_path, describes, fits_disk, is_file, read_json, unwritable, write_json)
 from ..core.locks import LOCK, check_free, owned
 from ..core.processes import global_sum, rank_and_size
 from ..data.batches import ImageData, SplitData, class_names
@@ -434,7 +435,8 @@ def parts(self: Run) -> Parts:
 def metrics(self: Run) -> dict[str, Any]: # `modularity`, and `networks`: a row for each
     "The figures of the run."
     path = self.path('metrics')
-    found = read_json(path, ('modularity', 'networks'), 'run mwt evaluate again')
+    of_the_demo = 'singles', 'about'
+    found = read_json(path, ('modularity', 'networks'), 'run mwt evaluate again', of_the_demo)
     with describes(path, 'figures'): check_metrics(found)
     return found
 
@@ -517,9 +519,10 @@ def save_module(self: Run, module: SlimModule) -> Path: # the file
 @patch
 def save_metrics(self: Run, metrics: dict[str, Any]) -> Path: # the file
     "Keep the figures of the run."
-    if not isinstance(metrics, dict) or not {'modularity', 'networks'} <= metrics.keys():
-        raise WrongType("metrics must be a dictionary with modularity and networks, "
-                        f"not {shown(metrics)}")
+    try: check_metrics(metrics)
+    except SENSELESS as e:
+        raise WrongType(f'metrics must be figures, as Run.evaluate keeps them, not {shown(metrics)} '
+                        f'({shown(e)})') from e
     return write_json(self.path('metrics'), metrics)
 
 # %% ../../nbs/09_runs/01_run.ipynb #96d64078
