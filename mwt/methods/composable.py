@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_range, own_numbers_
 from ..core.errors import WrongValue
 from ..core.processes import global_rows, global_sum, own_rows
+from ..channels.costs import CostTable, cost_table
 from ..channels.mapping import ChannelMap
 from .losses import class_sums
 from .base import Masks, Method, cross_entropy
@@ -54,8 +55,10 @@ class ClassGates(nn.Module):
         n_classes: int, # at least 2
         kernels: Tensor, # (units,), kernels in each unit
         groups: Tensor, # (units,), from 0: units written by the same layers
+        costs: CostTable | None = None, # what counts as size; `None`: the number of kernels
     ) -> None:
         super().__init__()
+        self.costs = costs
         self.n_units = len(kernels)
         self.register_buffer('gates', torch.ones(n_classes, self.n_units))
         self.register_buffer('scores', torch.zeros(n_classes, self.n_units))
@@ -175,16 +178,71 @@ def open_gates(
 def relative(self: ClassGates,
     separation: float, # gamma, at least 0
 ) -> Tensor: # (classes, units)
-    "Scores per kernel that can be compared between classes."
+    "Scores for what a unit costs, that can be compared between classes."
     scores = self.scores / self.scores.sum(1, keepdim=True).clamp_min(1e-30)
     special = scores / scores.mean(0).clamp_min(1e-30)
-    return scores * special**separation / self.kernels
+    price = self.kernels
+    if self.costs is not None: price = self.costs.price(two_class_sets(self.gates)).mean(0)
+    return scores * special**separation / price.clamp_min(1e-30)
+
+MOST_PAIRS = 128        # of classes that a mean is taken over; of more, an even choice
+
+def two_class_sets(
+    gates: Tensor, # (classes, units), 0 or 1
+) -> Tensor: # (pairs, units + 1), 0 or 1; the last is 1
+    "What modules of two classes keep."
+    pairs = torch.triu_indices(len(gates), len(gates), 1, device=gates.device)
+    step = -(-pairs.shape[1] // MOST_PAIRS)
+    first, second = pairs[:, ::step]
+    return F.pad(torch.maximum(gates[first], gates[second]), (0, 1), value=1.)
+
+# %% ../../nbs/05_methods/09_composable.ipynb #da999c6e
+def open_to_cost(
+    scores: Tensor, # (classes, units), what each unit means to each class, for what it costs
+    costs: CostTable, # of the network
+    groups: Tensor, # (units,), from 0: units written by the same layers
+    fraction: float, # of the network's cost that two classes keep on average, in (0, 1]
+) -> Tensor: # (classes, units), 0 or 1
+    "Open the gates with the highest scores; of every group and class at least one."
+    if fraction >= 1: return torch.ones_like(scores)
+    scores = scores.nan_to_num(0.)
+    rank = tie_rank(scores.shape[1], scores.device)
+    scores = scores * (1 + 1e-6 * (rank + 1) / len(rank))                   # no two are equal
+    ordered = scores.flatten().sort(descending=True).values
+    def opened(threshold: Tensor) -> Tensor:
+        chosen = scores > threshold
+        return (chosen | best_of_empty(chosen, scores, groups, rank)).to(scores.dtype)
+    low, high = torch.zeros_like(rank[0]), torch.full_like(rank[0], len(ordered) - 1)
+    for _ in range(len(ordered).bit_length()):
+        middle = (low + high + 1) // 2
+        cost = costs.fraction(two_class_sets(opened(ordered[middle]))).mean()
+        low = torch.where(cost <= fraction, middle, low)
+        high = torch.where(cost <= fraction, high, middle - 1)
+    return opened(ordered[low])
+
+def check_target(
+    name: str, # of the target
+    target: float, # fraction of the network's cost that two classes keep on average
+    costs: CostTable, # of the network
+    groups: Tensor, # (units,), from 0
+) -> None:
+    "Raises `ValueError` for less than the layers that stay, and one unit of each group, cost."
+    first = torch.cat([torch.ones(1, dtype=torch.bool), groups.sort().values.diff() > 0])
+    order = groups.sort(stable=True).indices
+    least = torch.zeros(1, len(groups) + 1).index_fill(1, order[first], 1.)
+    least[:, -1] = 1
+    smallest = costs.fraction(least).item()
+    if target >= smallest: return
+    raise WrongValue(f'{name}={target:g} is less than what has to stay costs; the smallest possible is '
+                     f'{smallest:.2g}')
 
 # %% ../../nbs/05_methods/09_composable.ipynb #a7482367
 @dataclass(frozen=True)
 class Composable(Method, name='composable'):
     "Class gates and random target sets: modules that work as they are cut."
     target_krr: float = 0.15    # fraction of kernels that a class's module keeps, above 0, at most 1
+    target_params: float | None = None  # instead: fraction of parameters that two classes keep, likewise
+    target_flops: float | None = None   # instead: fraction of operations that two classes keep, likewise
     separation: float = 1.0     # how strongly classes avoid each other's kernels, at least 0
     full_fraction: float = 0.3  # of samples that train the full model at the end; 1 at the start
     close_from: float = 0.1     # fraction of the run after which gates begin to close, 0 to 1
@@ -200,6 +258,9 @@ class Composable(Method, name='composable'):
 
     def __post_init__(self) -> None:
         check_range('target_krr', self.target_krr, 0, 1, open_low=True)
+        for name, target in self.targets_of_cost().items(): check_range(name, target, 0, 1, open_low=True)
+        if len(self.targets_of_cost()) > 1:
+            raise WrongValue('target_params and target_flops cannot both be met; give one of them')
         check_range('separation', self.separation, 0)
         check_range('full_fraction', self.full_fraction, 0, 1)
         check_range('close_from', self.close_from, 0, 1)
@@ -214,6 +275,13 @@ class Composable(Method, name='composable'):
             raise WrongValue(f"decay must be a number at least 0 and below 1, not {self.decay!r}")
         own_numbers_(self)
 
+# %% ../../nbs/05_methods/09_composable.ipynb #2dbc5158
+@patch
+def targets_of_cost(self: Composable) -> dict[str, float]: # empty: kernels are counted
+    "The targets that the user gave in place of `target_krr`."
+    given = dict(target_params=self.target_params, target_flops=self.target_flops)
+    return {name: target for name, target in given.items() if target is not None}
+
 # %% ../../nbs/05_methods/09_composable.ipynb #570576bb
 @patch
 def choose(self: Composable, channels: ChannelMap) -> ChannelMap:
@@ -223,7 +291,11 @@ def choose(self: Composable, channels: ChannelMap) -> ChannelMap:
 def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: int,
            example: Tensor) -> Masks:
     unit_of_channel, kernels, groups = number_units(channels)
-    gates = ClassGates(n_classes, kernels, groups)
+    costs = None
+    for name, target in self.targets_of_cost().items():
+        costs = cost_table(net, channels, unit_of_channel, example, name.removeprefix('target_'))
+        check_target(name, target, costs, groups)
+    gates = ClassGates(n_classes, kernels, groups, costs)
     statistics = SetStatistics(net, example) if self.dense else None
     return SharedMasks(net, channels, unit_of_channel, gates, statistics)
 
@@ -243,7 +315,8 @@ def open_fraction(self: Composable,
     "The fraction of kernels that gates leave open at some point of the run."
     left = (self.closed_by - progress) / max(self.closed_by - self.close_from, 1e-9)
     left = min(1., max(0., left))
-    return self.target_krr + (1 - self.target_krr) * left**3
+    [target] = self.targets_of_cost().values() or [self.target_krr]
+    return target + (1 - target) * left**3
 
 @patch
 def ready(self: Composable, progress: float) -> bool:
@@ -318,4 +391,6 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     gates.observe(labels[:len(gates.mask)], self.decay)
     if step % SET_EVERY and not self.ready(progress): return
     scores, fraction = gates.relative(self.separation), self.open_fraction(progress)
-    gates.gates.copy_(open_gates(scores, gates.kernels, gates.groups, fraction))
+    if gates.costs is None: found = open_gates(scores, gates.kernels, gates.groups, fraction)
+    else: found = open_to_cost(scores, gates.costs, gates.groups, fraction)
+    gates.gates.copy_(found)
