@@ -11,7 +11,7 @@ from mwt.networks import create_model
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{n: partial(create_model, n, width=0.125) for n in ('simcnn', 'rescnn', 'vgg16_bn', 'resnet18')},
-    **{f'torchvision/{n}': MAKERS[n] for n in ('vgg11_bn', 'resnet18')}}
+    **{f'torchvision/{n}': MAKERS[n] for n in ('vgg11_bn', 'shufflenet_v2_x0_5')}}
 
 
 @torch.no_grad()

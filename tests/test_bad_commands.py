@@ -225,7 +225,7 @@ def test_unreadable_image(overwrite: list, run: Path, tmp_path: Path, refused: C
 
 def test_channels_that_do_not_fit(tmp_path: Path, refused: Callable, no_training: None) -> None:
     images = pictures(tmp_path/'pictures', channels=1)
-    words = ['train', '--data', images, '--model', 'torchvision/vgg11_bn', '--out', tmp_path/'run']
+    words = ['train', '--data', images, '--model', 'torchvision/shufflenet_v2_x0_5', '--out', tmp_path/'run']
     said = refused(*words, '--root', tmp_path/'data')
     assert 'takes 3 channels, not width 1.0 and 1 channels; use one of simcnn' in said
     assert not (tmp_path/'run').exists()

@@ -1,6 +1,8 @@
 "Any network: channels followed through every family of torchvision, and through networks made to be awkward."
 from __future__ import annotations
+from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 import pytest
 import torch
 from networks import calibrate, lively, random_parts
@@ -77,12 +79,17 @@ def check_family(net: nn.Module, name: str, method: str, path: Path) -> None:
     with torch.no_grad(): assert torch.allclose(exported(x.double()), slim, rtol=1e-9)
 
 
-# With other methods than the default one, every kind of block is cut here; all families are slow tests.
-BLOCKS = {'vgg11_bn', 'resnet18', 'squeezenet1_1', 'densenet121', 'shufflenet_v2_x0_5', 'mobilenet_v2',
-          'mobilenet_v3_small', 'regnet_y_400mf'}
-CASES = [pytest.param(name, method, id=f'{name}-{method}',
-                      marks=[] if method == DEFAULT or name in BLOCKS else pytest.mark.slow)
-         for name in FAMILIES for method in METHODS]
+def in_turns(names: Sequence[str], slow: Container[str] = ()) -> list[Any]:
+    "Each name with one of the methods, in turns; with the others it is a slow test."
+    cases = []
+    for n, name in enumerate(names):
+        for m, method in enumerate(METHODS):
+            marks = [] if m == n % len(METHODS) and name not in slow else pytest.mark.slow
+            cases.append(pytest.param(name, method, id=f'{name}-{method}', marks=marks))
+    return cases
+
+
+CASES = in_turns(FAMILIES, slow={'inception_v3'})
 
 
 @pytest.mark.parametrize('name, method', CASES)
@@ -195,8 +202,7 @@ KINDS = [
     'conv head', 'flatten', 'plain']
 
 
-@every_method
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, method', in_turns(KINDS))
 def test_awkward_network(kind: str, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
@@ -458,7 +464,7 @@ def test_filter_leaves_coupled_layers_alone_too() -> None:
 def test_coupled_layers_need_one_mask() -> None:
     model = modularize(Block('depthwise'), 4, 'composable', example_input=torch.randn(2, 3, 8, 8))
     masks = {name: torch.ones(k) for name, k in model.kernels.items()} | {'deep': torch.zeros(12)}
-    with pytest.raises(ValueError, match='is coupled with kernels'), fixed_masks(model, masks): pass
+    with pytest.raises(ValueError, match='is coupled with others'), fixed_masks(model, masks): pass
 
 
 class Fickle(nn.Module):

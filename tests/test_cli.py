@@ -312,7 +312,10 @@ ODD = ['cat, domestic', 'dog', ' fox', 'sea-lion', 'x_^2$%$', '<b>&|']
 LONG = [f'{letter}{"-very" * 12} long name' for letter in 'abcde']
 
 
-@pytest.mark.parametrize('names', [ODD, LONG], ids=['odd', 'long'])
+ANY_KIND = [pytest.param(ODD, id='odd'), pytest.param(LONG, id='long', marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize('names', ANY_KIND)
 def test_class_names_of_any_kind(names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     "Folders may be called anything: a module for each class, one for all, and a report."
     for label, name in enumerate(names):

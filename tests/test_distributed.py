@@ -231,6 +231,7 @@ def test_one_command_learns_the_same_in_two_processes(runs: Runs) -> None:
         assert second[name] == pytest.approx(first[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_two_processes_decompose_like_one(runs: Runs) -> None:
     out = runs['two'][0]
     said = finish_well(mwt('decompose', '--out', out, '--device', 'cpu'))
@@ -299,6 +300,7 @@ def test_loss_of_the_first_process_ends_the_run(tmp_path: Path) -> None:
     check_stopped(said, 0, resume)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_run_with_a_lost_process_goes_on(tmp_path: Path) -> None:
     out, whole = tmp_path/'run', tmp_path/'whole'

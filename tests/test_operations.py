@@ -676,7 +676,7 @@ class Looks(Base):
             nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
             nn.SyncBatchNorm(8),
         )
-        self.spatial = nn.Conv2d(2, 1, 3, padding=1)
+        self.spatial, self.rows = nn.Conv2d(2, 1, 3, padding=1), nn.LSTM(8, 8, batch_first=True)
 
     def middle(self, x: Tensor) -> Tensor:
         k, (n, c, h, w) = self.kind, x.shape
@@ -721,6 +721,8 @@ class Looks(Base):
             return x * frame
         if k == 'closed':
             return closed(x)
+        if k == 'lstm':
+            return self.rows(flat)[0].transpose(1, 2).reshape(n, c, h, w)
         if k == 'expand':
             return x.mean((2, 3), keepdim=True).expand(-1, 8, -1, -1) + x
         if k == 'branch':
@@ -749,6 +751,7 @@ LOOKS = [
     'assignment',
     'closed',
     'expand',
+    'lstm',
 ]
 
 
@@ -966,6 +969,13 @@ def test_constant_sizes_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net.eight = Eight()
     with pytest.raises(ValueError, match='cannot be cut: it fails without some kernels .Given groups'):
         modularize(net, 4, example_input=X)
+
+
+@pytest.mark.parametrize('kind', ['lstm', 'mha', 'cbam'])
+def test_results_of_several_parts_are_no_obstacle_to_masks_behind_activations(
+    kind: str, tmp_path: Path
+) -> None:
+    to_the_end(Looks(kind), tmp_path, method='moda')
 
 
 # Names

@@ -110,7 +110,9 @@ def test_folder_that_is_removed_ends_the_run(training: tuple) -> None:
     assert 'was removed or replaced while it was in use' in said and not out.exists()
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    'number', [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_signal_ends_a_run_that_can_go_on(number: int, tmp_path: Path) -> None:
     out = tmp_path / 'run'
     process = begun(out)

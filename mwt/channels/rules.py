@@ -19,7 +19,7 @@ from .trace import STOCHASTIC_DEPTH, _traced, full_name, known_class, tidy_
 from .groups import Activation, ChannelGroups, compact, varying
 
 # %% auto #0
-__all__ = ['Rule', 'RULES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker']
+__all__ = ['Rule', 'RULES', 'rule', 'spellings', 'ChannelLayer', 'ChannelTracker', 'flat']
 
 # %% ../../nbs/04_channels/03_rules.ipynb #286d2c70
 Rule = Callable[['ChannelTracker', fx.Node, nn.Module | None], Any]
@@ -132,11 +132,14 @@ def inputs(self: ChannelTracker,
     node: fx.Node, # an operation
 ) -> list[Activation]: # in the order of its arguments
     "All activations that an operation reads."
-    found = []
-    for n in node.all_input_nodes:
-        read = self.activation(n)
-        found += read if isinstance(read, list) else [read]
-    return [a for a in found if a is not None]
+    return flat([self.activation(n) for n in node.all_input_nodes])
+
+def flat(
+    found: Any, # an `Activation`, `None`, or a list of such things (an LSTM has lists in its result)
+) -> list[Activation]:
+    "All activations in a result."
+    if isinstance(found, list): return [a for item in found for a in flat(item)]
+    return [] if found is None else [found]
 
 # %% ../../nbs/04_channels/03_rules.ipynb #85f292c3
 @patch
@@ -412,8 +415,8 @@ def check_view(
     "Couple or pin channels along dimensions of constant size."
     constant = {d for d, size in enumerate(sizes) if isinstance(size, int) and size != -1}
     if node.target == 'expand':             # its sizes are those that are there
-        if constant & set(varying(result)): tracker.groups.pin(result, f'{node.name} says how many they are')
-        return
+        if not constant & set(varying(result)): return
+        return tracker.groups.pin(result, f'{node.name} says how many they are')
     if not sizes: constant = set(range(result.ndim))
     for d in constant & set(varying(result)): tracker.groups.couple(result.narrow(d, 0, 1), result)
     if len(varying(tracker.groups.root[result])) > 1:
@@ -477,7 +480,8 @@ def keep_two(
     dims = args[1] if len(args) > 1 else kwargs.get('dim', range(activation.ids.ndim))
     asked = {d % activation.ids.ndim for d in ([dims] if isinstance(dims, int) else dims)}
     for d in asked & set(varying(activation.ids)):
-        tracker.groups.pin(activation.ids.narrow(d, 0, 2), f'{node.name} takes a single channel for none')
+        two = activation.ids.narrow(d, 0, 2)
+        tracker.groups.pin(two, f'{node.name} takes a single channel for none')
 
 # %% ../../nbs/04_channels/03_rules.ipynb #7e67d44c
 def _chooses(index: Any, many: list[int]) -> bool:

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from .cut import _cut_layer, _cut_tensor
 from .groups import Activation, varying
-from .rules import ChannelTracker
+from .rules import ChannelTracker, flat
 
 # %% auto #0
 __all__ = []
@@ -56,9 +56,8 @@ class ActivationCut:
 
     def roots(self, node: fx.Node) -> Tensor: # (roots,) boolean
         "The channels that an activation would have if none were dropped."
-        found, flows = self.nothing(), self.flows[node]
-        if not isinstance(flows, list): flows = [flows]
-        for flow in flows: found[self.root[flow.ids].flatten()] = True
+        found = self.nothing()
+        for flow in flat(self.flows[node]): found[self.root[flow.ids].flatten()] = True
         return found
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:

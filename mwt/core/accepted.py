@@ -250,8 +250,8 @@ def check_flat(
     for path, layer in model.named_modules():
         if not isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)): continue
         raise WrongValue(f'{path or "model"} ({type(layer).__name__}) runs over volumes, and only '
-                         'networks for images can be made modular; use nn.Conv2d, or take the layer '
-                         'off the network')
+                         'networks for images can be made modular; use nn.Conv2d, or take the '
+                         'layer off the network')
 
 # %% ../../nbs/01_core/08_accepted.ipynb #ec7d1247
 def check_named_input(

@@ -85,10 +85,12 @@ def check_range(
 def check_flag(
     name: str, # the argument's name, as the user typed it
     value: object, # what was given
+    or_none: bool = False, # may it be `None` as well?
 ) -> None:
     "Raises `TypeError` for anything but `True` or `False`."
-    if isinstance(value, (bool, np.bool_)): return
-    raise WrongType(f'{name} must be True or False, not {shown(value)}')
+    if isinstance(value, (bool, np.bool_)) or or_none and value is None: return
+    allowed = 'True, False or None' if or_none else 'True or False'
+    raise WrongType(f'{name} must be {allowed}, not {shown(value)}')
 
 def check_kind(
     name: str, # the argument's name, as the user typed it

@@ -206,7 +206,7 @@ def _check_reading(
     "Raises for options of folders that are wrong, or that a named set does not have."
     if how.size is not None: check_range('size', how.size, 1, LARGEST_SIDE, integer=True)
     if how.white is not None: check_range('white', how.white, 0, open_low=True)
-    if how.streaming is not None: check_flag('streaming', how.streaming)
+    check_flag('streaming', how.streaming, or_none=True)
     check_flag('skip_broken', how.skip_broken)
     check_range('workers', how.workers, 0, integer=True)
     if isinstance(source, Path): return

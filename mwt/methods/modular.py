@@ -270,8 +270,8 @@ def check_cut(
         try: error = cut_error(trial)
         except WrongValue: raise
         except REFUSALS as e:
-            raise WrongValue(f'{type(model.net).__name__} cannot be cut: it fails without some kernels '
-                             f'({said(e)}). Something counts on their number; leave the '
+            raise WrongValue(f'{type(model.net).__name__} cannot be cut: it fails without some '
+                             f'kernels ({said(e)}). Something counts on their number; leave the '
                              'layers before it unmasked (filter_fn)') from e
         if error is not None: break
     if error is None or error <= margin: return
@@ -281,8 +281,8 @@ def check_cut(
     how = f'by {error:.2g} of the size of its logits'
     if error != error: how = 'it answers NaN where a channel is all zeros'
     raise WrongValue(f'{type(model.net).__name__} cannot be cut exactly: without some kernels it '
-                     f'computes something else than with them switched off ({how}). Something reads '
-                     'zeros as something else, or asks for the class of a layer; leave the layers '
+                     f'computes something else than with them switched off ({how}). Something '
+                     'reads zeros as something else, or asks for the class of a layer; leave the layers '
                      'before it unmasked (filter_fn)')
 
 # %% ../../nbs/05_methods/04_modular.ipynb #5cf648ab
@@ -299,8 +299,8 @@ def check_learns(
                          'derivative, not in place, or pass a larger example_input') from e
     if heard: return
     lost = ', '.join(without_gradient(model.plain(), model.example())) or 'some operation'
-    raise WrongValue(f'{name}: nothing can be learned about its kernels, since no gradient gets back '
-                     f'to any masked layer: {lost} passes none on')
+    raise WrongValue(f'{name}: nothing can be learned about its kernels, since no gradient gets '
+                     f'back to any masked layer: {lost} passes none on')
 
 def hears(
     model: ModularModel, # not changed

@@ -267,7 +267,8 @@ def cut(self: SharedMasks, net: nn.Module, keep: Mapping[str, Tensor],
         example: Tensor) -> nn.Module:
     stay = {name: self.units_of(name) == self.n_units for name in keep}
     if self.statistics is not None: self.statistics.give_(net)
-    return slice_channels_(net, self.channels, {n: mask.cpu() | stay[n] for n, mask in keep.items()})
+    keep = {name: mask.cpu() | stay[name] for name, mask in keep.items()}
+    return slice_channels_(net, self.channels, keep)
 
 # %% ../../nbs/05_methods/06_shared.ipynb #f8067efd
 def open_units(

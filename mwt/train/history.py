@@ -39,7 +39,7 @@ class TrainConfig:
                              f'not {self.momentum!r}')
         check_range('weight_decay', self.weight_decay, 0)
         check_range('warmup', self.warmup, 0, 1)
-        if self.amp is not None: check_flag('amp', self.amp)
+        check_flag('amp', self.amp, or_none=True)
         check_range('accumulate', self.accumulate, 1, integer=True)
         own_numbers_(self)
 
