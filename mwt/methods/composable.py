@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_range, own_numbers_
 from ..core.errors import WrongValue
 from ..core.processes import global_rows, global_sum, own_rows
+from ..channels.costs import CostTable, cost_table
 from ..channels.mapping import ChannelMap
 from .losses import class_sums
 from .base import Masks, Method, cross_entropy
 from .modular import GOLDEN
-from .shared import SharedMasks, coupled_masks, number_units, union
+from .shared import SetStatistics, SharedMasks, coupled_masks, number_units, union
 
 # %% auto #0
 __all__ = ['Composable']
@@ -54,8 +55,10 @@ class ClassGates(nn.Module):
         n_classes: int, # at least 2
         kernels: Tensor, # (units,), kernels in each unit
         groups: Tensor, # (units,), from 0: units written by the same layers
+        costs: CostTable | None = None, # what counts as size; `None`: the number of kernels
     ) -> None:
         super().__init__()
+        self.costs = costs
         self.n_units = len(kernels)
         self.register_buffer('gates', torch.ones(n_classes, self.n_units))
         self.register_buffer('scores', torch.zeros(n_classes, self.n_units))
@@ -175,38 +178,109 @@ def open_gates(
 def relative(self: ClassGates,
     separation: float, # gamma, at least 0
 ) -> Tensor: # (classes, units)
-    "Scores per kernel that can be compared between classes."
+    "Scores for what a unit costs, that can be compared between classes."
     scores = self.scores / self.scores.sum(1, keepdim=True).clamp_min(1e-30)
     special = scores / scores.mean(0).clamp_min(1e-30)
-    return scores * special**separation / self.kernels
+    price = self.kernels
+    if self.costs is not None: price = self.costs.price(two_class_sets(self.gates)).mean(0)
+    return scores * special**separation / price.clamp_min(1e-30)
+
+MOST_PAIRS = 128        # of classes that a mean is taken over; of more, an even choice
+
+def two_class_sets(
+    gates: Tensor, # (classes, units), 0 or 1
+) -> Tensor: # (pairs, units + 1), 0 or 1; the last is 1
+    "What modules of two classes keep."
+    pairs = torch.triu_indices(len(gates), len(gates), 1, device=gates.device)
+    step = -(-pairs.shape[1] // MOST_PAIRS)
+    first, second = pairs[:, ::step]
+    return F.pad(torch.maximum(gates[first], gates[second]), (0, 1), value=1.)
+
+# %% ../../nbs/05_methods/09_composable.ipynb #da999c6e
+def open_to_cost(
+    scores: Tensor, # (classes, units), what each unit means to each class, for what it costs
+    costs: CostTable, # of the network
+    groups: Tensor, # (units,), from 0: units written by the same layers
+    fraction: float, # of the network's cost that two classes keep on average, in (0, 1]
+) -> Tensor: # (classes, units), 0 or 1
+    "Open the gates with the highest scores; of every group and class at least one."
+    if fraction >= 1: return torch.ones_like(scores)
+    scores = scores.nan_to_num(0.)
+    rank = tie_rank(scores.shape[1], scores.device)
+    scores = scores * (1 + 1e-6 * (rank + 1) / len(rank))                   # no two are equal
+    ordered = scores.flatten().sort(descending=True).values
+    def opened(threshold: Tensor) -> Tensor:
+        chosen = scores > threshold
+        return (chosen | best_of_empty(chosen, scores, groups, rank)).to(scores.dtype)
+    low, high = torch.zeros_like(rank[0]), torch.full_like(rank[0], len(ordered) - 1)
+    for _ in range(len(ordered).bit_length()):
+        middle = (low + high + 1) // 2
+        cost = costs.fraction(two_class_sets(opened(ordered[middle]))).mean()
+        low = torch.where(cost <= fraction, middle, low)
+        high = torch.where(cost <= fraction, high, middle - 1)
+    return opened(ordered[low])
+
+def check_target(
+    name: str, # of the target
+    target: float, # fraction of the network's cost that two classes keep on average
+    costs: CostTable, # of the network
+    groups: Tensor, # (units,), from 0
+) -> None:
+    "Raises `ValueError` for less than the layers that stay, and one unit of each group, cost."
+    first = torch.cat([torch.ones(1, dtype=torch.bool), groups.sort().values.diff() > 0])
+    order = groups.sort(stable=True).indices
+    least = torch.zeros(1, len(groups) + 1).index_fill(1, order[first], 1.)
+    least[:, -1] = 1
+    smallest = costs.fraction(least).item()
+    if target >= smallest: return
+    raise WrongValue(f'{name}={target:g} is less than what has to stay costs; the smallest possible is '
+                     f'{smallest:.2g}')
 
 # %% ../../nbs/05_methods/09_composable.ipynb #a7482367
 @dataclass(frozen=True)
 class Composable(Method, name='composable'):
     "Class gates and random target sets: modules that work as they are cut."
     target_krr: float = 0.15    # fraction of kernels that a class's module keeps, above 0, at most 1
+    target_params: float | None = None  # instead: fraction of parameters that two classes keep, likewise
+    target_flops: float | None = None   # instead: fraction of operations that two classes keep, likewise
     separation: float = 1.0     # how strongly classes avoid each other's kernels, at least 0
     full_fraction: float = 0.3  # of samples that train the full model at the end; 1 at the start
     close_from: float = 0.1     # fraction of the run after which gates begin to close, 0 to 1
     closed_by: float = 0.5      # fraction of the run after which they are frozen, from `close_from`
     decay: float = 0.995        # of the running mean of squared gradients, 0 to below 1
     two_roles: bool = True      # with frozen gates each image trains full model and target set
+    dense: bool = False         # the full model keeps all kernels; target sets are trained inside it
+    set_fraction: float = 0.5   # of each batch that trains target sets too (dense), above 0, at most 1
+    distill: float = 0.5        # share of the full model's answer in what sets learn (dense), 0 to 1
     skip_first: bool = False    # leave the first convolution unmasked
     renamed: ClassVar[dict[str, str]] = dict(
         full='full_fraction', start='close_from', end='closed_by', memory='decay', twice='two_roles')
 
     def __post_init__(self) -> None:
         check_range('target_krr', self.target_krr, 0, 1, open_low=True)
+        for name, target in self.targets_of_cost().items(): check_range(name, target, 0, 1, open_low=True)
+        if len(self.targets_of_cost()) > 1:
+            raise WrongValue('target_params and target_flops cannot both be met; give one of them')
         check_range('separation', self.separation, 0)
         check_range('full_fraction', self.full_fraction, 0, 1)
         check_range('close_from', self.close_from, 0, 1)
+        check_range('set_fraction', self.set_fraction, 0, 1, open_low=True)
+        check_range('distill', self.distill, 0, 1)
         check_range('decay', self.decay, 0, 1)
         check_range('closed_by', self.closed_by, self.close_from, 1)
         check_flag('two_roles', self.two_roles)
+        check_flag('dense', self.dense)
         check_flag('skip_first', self.skip_first)
         if self.decay == 1:
             raise WrongValue(f"decay must be a number at least 0 and below 1, not {self.decay!r}")
         own_numbers_(self)
+
+# %% ../../nbs/05_methods/09_composable.ipynb #2dbc5158
+@patch
+def targets_of_cost(self: Composable) -> dict[str, float]: # empty: kernels are counted
+    "The targets that the user gave in place of `target_krr`."
+    given = dict(target_params=self.target_params, target_flops=self.target_flops)
+    return {name: target for name, target in given.items() if target is not None}
 
 # %% ../../nbs/05_methods/09_composable.ipynb #570576bb
 @patch
@@ -217,7 +291,13 @@ def choose(self: Composable, channels: ChannelMap) -> ChannelMap:
 def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: int,
            example: Tensor) -> Masks:
     unit_of_channel, kernels, groups = number_units(channels)
-    return SharedMasks(net, channels, unit_of_channel, ClassGates(n_classes, kernels, groups))
+    costs = None
+    for name, target in self.targets_of_cost().items():
+        costs = cost_table(net, channels, unit_of_channel, example, name.removeprefix('target_'))
+        check_target(name, target, costs, groups)
+    gates = ClassGates(n_classes, kernels, groups, costs)
+    statistics = SetStatistics(net, example) if self.dense else None
+    return SharedMasks(net, channels, unit_of_channel, gates, statistics)
 
 @patch
 @torch.no_grad()
@@ -235,7 +315,8 @@ def open_fraction(self: Composable,
     "The fraction of kernels that gates leave open at some point of the run."
     left = (self.closed_by - progress) / max(self.closed_by - self.close_from, 1e-9)
     left = min(1., max(0., left))
-    return self.target_krr + (1 - self.target_krr) * left**3
+    [target] = self.targets_of_cost().values() or [self.target_krr]
+    return target + (1 - target) * left**3
 
 @patch
 def ready(self: Composable, progress: float) -> bool:
@@ -252,12 +333,14 @@ def targets(self: Composable,
     "Target sets for a batch of labels, the same in all processes."
     full = 1 - (1 - self.full_fraction) * progress
     if self.two_roles and self.ready(progress): full = 0.       # it has a role of its own then
+    if self.dense: full = self.full_fraction                    # of sets with all classes
     return own_rows(draw_targets(global_rows(labels), n_classes, full))
 
 @patch
 def training_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor,
                   progress: float) -> tuple[Tensor, dict[str, Tensor]]:
     "Cross-entropy among the classes of random target sets."
+    if self.dense: return self.dense_loss(model, images, labels, progress)
     gates, frozen, roles = model.masks.gates, self.ready(progress), 1
     targets = self.targets(labels, model.n_classes, progress)
     gates.learning = not frozen
@@ -269,6 +352,33 @@ def training_loss(self: Composable, model: nn.Module, images: Tensor, labels: Te
     loss, logged = cross_entropy(logits, labels)
     return roles * loss, logged | dict(krr=gates.krr)
 
+# %% ../../nbs/05_methods/09_composable.ipynb #beed0993
+def set_distance(
+    answers: Tensor, # (batch, classes) logits of target sets, -inf outside of them
+    teacher: Tensor, # (batch, classes) logits of the full model for the same images
+    targets: Tensor, # (batch, classes) boolean
+) -> Tensor: # scalar
+    "Cross-entropy between what the full model answers among the classes of a set, and the set's answer."
+    wanted = teacher.detach().float().masked_fill(~targets, float('-inf')).softmax(1)
+    return -(wanted * answers.log_softmax(1).masked_fill(~targets, 0.)).sum(1).mean()
+
+@patch
+def dense_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor,
+               progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    "Cross-entropy of the full model, and of target sets inside it on a part of the batch."
+    gates = model.masks.gates
+    gates.learning = not self.ready(progress)
+    logits = model(images)
+    loss, logged = cross_entropy(logits, labels)
+    logged |= dict(krr=gates.krr)
+    if progress < self.close_from: return loss, logged
+    n = math.ceil(self.set_fraction * len(labels))
+    targets = self.targets(labels[:n], model.n_classes, progress)
+    answers = model(images[:n], targets).float().masked_fill(~targets, float('-inf'))
+    hard = F.cross_entropy(answers, labels[:n])
+    soft = set_distance(answers, logits[:n], targets)
+    return loss + (1 - self.distill) * hard + self.distill * soft, logged
+
 # %% ../../nbs/05_methods/09_composable.ipynb #676dff54
 SET_EVERY = 8       # steps; scores change slowly, and to compare all of them takes time
 
@@ -278,7 +388,9 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     "Learn from the gradient of a step, and set the gates from time to time."
     gates = model.masks.gates
     if gates.mask is None: return
-    gates.observe(labels, self.decay)
+    gates.observe(labels[:len(gates.mask)], self.decay)
     if step % SET_EVERY and not self.ready(progress): return
     scores, fraction = gates.relative(self.separation), self.open_fraction(progress)
-    gates.gates.copy_(open_gates(scores, gates.kernels, gates.groups, fraction))
+    if gates.costs is None: found = open_gates(scores, gates.kernels, gates.groups, fraction)
+    else: found = open_to_cost(scores, gates.costs, gates.groups, fraction)
+    gates.gates.copy_(found)

@@ -5,14 +5,15 @@
 # %% ../../nbs/05_methods/06_shared.ipynb #47aee7b8
 from __future__ import annotations
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.errors import WrongValue
-from ..core.nets import copy_of, device_of, freeze_as_, trainable
+from ..core.nets import copy_of, device_of, freeze_as_, trainable, untouched
 from ..channels.cut import kept_channels, slice_channels_
 from ..channels.mapping import ChannelMap
 from .base import Masks
@@ -96,8 +97,63 @@ class SharedMask(nn.Module):
         self.current = current
         self.register_buffer('units', units, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor: # (batch or 1, kernels)
+    def forward(self, x: Tensor) -> Tensor | None: # (batch or 1, kernels); `None`: nothing is masked
+        if self.current.mask is None: return None
         return self.current.mask[:, self.units]
+
+# %% ../../nbs/05_methods/06_shared.ipynb #b3c19791
+def moving_buffers(
+    net: nn.Module, # any network
+    example: Tensor, # an input that it accepts
+) -> list[str]: # paths
+    "The buffers that a pass in training mode changes: running statistics of norms."
+    tried = copy_of(net).train()
+    before = {path: t.clone() for path, t in tried.named_buffers()}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *example.shape[1:], generator=generator).to(example)
+    with torch.no_grad(): tried(images)
+    return [path for path, t in tried.named_buffers() if not torch.equal(t, before[path])]
+
+# %% ../../nbs/05_methods/06_shared.ipynb #129c7fb6
+def _owner(net: nn.Module, path: str) -> dict[str, Tensor | None]:
+    "The buffers of the layer that owns one, whether a point holds the layer or not."
+    for name in path.split('.')[:-1]:
+        net = net.get_submodule(name)
+        if isinstance(net, MaskPoint): net = net.layer
+    return net._buffers
+
+class SetStatistics(nn.Module):
+    "Running statistics of the norms of a network for target sets, beside those of the full model."
+    def __init__(self,
+        net: nn.Module, # without points as yet
+        example: Tensor, # an input that it accepts
+    ) -> None:
+        super().__init__()
+        self.paths = moving_buffers(net, example)
+        for path in self.paths:
+            *parents, name = path.split('.')
+            holder = self
+            for parent in parents: holder = holder._modules.setdefault(parent, nn.Module())
+            holder.register_buffer(name, net.get_buffer(path).clone())
+
+    @contextmanager
+    def used_by(self,
+        net: nn.Module, # with points or without
+    ) -> Iterator[None]:
+        "Inside the block the network reads and changes these statistics, not its own."
+        places = [(_owner(net, path), _owner(self, path), path.rpartition('.')[2]) for path in self.paths]
+        def swap() -> None:
+            for there, here, name in places: there[name], here[name] = here[name], there[name]
+        swap()
+        try: yield
+        finally: swap()
+
+    @torch.no_grad()
+    def give_(self,
+        net: nn.Module, # changed in place
+    ) -> None:
+        "Copy these statistics into a network."
+        for path in self.paths: net.get_buffer(path).copy_(self.get_buffer(path))
 
 # %% ../../nbs/05_methods/06_shared.ipynb #7a876511
 class SharedMasks(Masks):
@@ -107,8 +163,10 @@ class SharedMasks(Masks):
         channels: ChannelMap, # from `coupled_masks`
         unit_of_channel: Tensor, # (numbers,), from `number_units`
         gates: nn.Module, # target sets (batch, classes) or `None` -> (batch or 1, units + 1)
+        statistics: SetStatistics | None = None, # of target sets; the full model keeps all kernels then
     ) -> None:
         super().__init__()
+        self.statistics = statistics
         self.channels = channels
         self.unit_of_channel = unit_of_channel
         self.n_units = int(unit_of_channel.max())
@@ -137,18 +195,27 @@ class SharedMasks(Masks):
 # %% ../../nbs/05_methods/06_shared.ipynb #79027e0f
 @patch
 def run(self: SharedMasks, net: nn.Module, x: Tensor, targets: Tensor | None = None) -> Any:
-    "Run the network with the kernels of some target sets, or of all classes."
-    if self.fixed is None: mask = self.gates(targets)
-    else: mask = self.fixed.to(x.device)[None]
-    self.current.mask = mask
-    return net(x)
+    "Run the network with the kernels of some target sets, or of all classes; or with all kernels."
+    self.current.mask = self.mask_of(targets, x.device)
+    if self.statistics is None or self.current.mask is None: return net(x)
+    with self.statistics.used_by(net): return net(x)
+
+@patch
+def mask_of(self: SharedMasks,
+    targets: Tensor | None, # (batch, classes) boolean; `None`: all classes
+    device: torch.device, # of the images
+) -> Tensor | None: # (batch or 1, units + 1); `None`: nothing is masked
+    "The mask of the running pass."
+    if self.fixed is not None: return self.fixed.to(device)[None]
+    if targets is None and self.statistics is not None: return None
+    return self.gates(targets)
 
 @patch
 def with_masks(self: SharedMasks, net: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
     output, masks = self.run(net, x), []
     for name in self.kernels:
-        units = self.units_of(name).to(x.device)
-        masks.append(self.current.mask[:, units])
+        if self.current.mask is None: masks.append(torch.ones(1, self.kernels[name], device=x.device))
+        else: masks.append(self.current.mask[:, self.units_of(name).to(x.device)])
     return output, masks
 
 @patch
@@ -199,6 +266,7 @@ def masks_by_unit(
 def cut(self: SharedMasks, net: nn.Module, keep: Mapping[str, Tensor],
         example: Tensor) -> nn.Module:
     stay = {name: self.units_of(name) == self.n_units for name in keep}
+    if self.statistics is not None: self.statistics.give_(net)
     keep = {name: mask.cpu() | stay[name] for name, mask in keep.items()}
     return slice_channels_(net, self.channels, keep)
 
@@ -269,8 +337,9 @@ def release(self: SharedMasks) -> None:
     self.gates.mask = None
 
 @patch
-def smaller(self: SharedMasks, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    "The model without closed kernels, and where its weights come from."
+def smaller(self: SharedMasks, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]] | None:
+    "The model without closed kernels, and where its weights come from; `None` if all are in use."
+    if self.statistics is not None: return None
     return without_closed_kernels(model), weight_origins(model)
 
 @patch

@@ -1,0 +1,171 @@
+"A full model that keeps every kernel, target sets inside it, and gates that know what a unit costs."
+from __future__ import annotations
+import copy
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+import pytest
+import torch
+from helpers import same_state
+from torch import nn
+from mwt.data.batches import ImageData, from_tensors
+from mwt.measure import count_flops, count_params, evaluate
+from mwt.methods.composable import Composable, two_class_sets
+from mwt.methods.modular import ModularModel, modularize, plain
+from mwt.modules.decompose import decompose
+from mwt.modules.extract import extract
+from mwt.networks import create_model
+from mwt.train.checkpoint import load_checkpoint, save_checkpoint
+from mwt.train.fit import fit
+
+CLASSES = list('abcd')
+
+
+@pytest.fixture(scope='module')
+def data() -> ImageData:
+    "Stripes that slope four ways."
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(96) % 4
+    y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing='ij')
+    stripes = torch.stack([x, y, x + y, x - y]) % 4 < 2
+    images = (stripes[labels, None] * 120 + torch.randint(80, (96, 3, 16, 16), generator=generator)).byte()
+    split = images, labels
+    return from_tensors(split, split, split, CLASSES, 16, augment=None, device='cpu')
+
+
+def network(name: str = 'resnet18', seed: int = 0) -> nn.Module:
+    return create_model(name, 4, 0.125, seed=seed)
+
+
+def made(data: ImageData, name: str = 'resnet18', seed: int = 0, **settings: Any) -> ModularModel:
+    example = torch.zeros(1, *data.shape)
+    return modularize(network(name, seed), 4, example_input=example, **dict(dense=True) | settings)
+
+
+@pytest.fixture(scope='module')
+def trained(data: ImageData) -> Callable[[], ModularModel]:
+    model = made(data)
+    fit(model, data, 24, show_progress=False)
+    return lambda: copy.deepcopy(model)
+
+
+def test_the_full_model_keeps_every_kernel(trained: Callable, data: ImageData) -> None:
+    model = trained().eval()
+    images, _ = data.test.take(16)
+    with torch.no_grad(): assert torch.equal(model(images), plain(model)(images))
+    assert model.masks.gates.krr < 0.2 and evaluate(model, data.test) > 0.9
+
+
+def test_target_sets_have_statistics_of_their_own(trained: Callable) -> None:
+    model = trained()
+    paths = model.masks.statistics.paths
+    assert len(paths) == 3 * sum(isinstance(m, nn.BatchNorm2d) for m in model.net.modules())
+    net = plain(model)
+    means = [path for path in paths if path.endswith('running_mean')]
+    own = [model.masks.statistics.get_buffer(path) for path in means]
+    assert not any(torch.equal(a, net.get_buffer(path)) for a, path in zip(own, means))
+
+
+@pytest.mark.parametrize('fuse', [False, True])
+def test_modules_are_exact_and_take_the_statistics_of_sets(
+    fuse: bool, trained: Callable, data: ImageData
+) -> None:
+    model = trained().eval()
+    parts = decompose(model, data.train, show_progress=False)
+    module = extract(model, parts, ['b', 'd'], fuse)        # which compares it with the masked model
+    assert evaluate(module, data.test, ['b', 'd']) > 0.9
+    images, _ = data.test.take(16)
+    sets = torch.tensor([[False, True, False, True]]).expand(16, -1)
+    with torch.no_grad(): masked = model(images, sets)[:, [1, 3]]
+    shown, _ = data.test.pixels().take(16)
+    with torch.no_grad(): assert torch.allclose(module(shown), masked, atol=1e-4)
+
+
+def test_everyone_is_a_module_too(trained: Callable, data: ImageData) -> None:
+    model = trained()
+    whole = extract(model, decompose(model, data.train, show_progress=False), CLASSES)
+    assert count_params(whole) < 0.6 * count_params(plain(model))
+
+
+def test_a_stopped_run_ends_at_the_same_bits(data: ImageData, tmp_path: Path) -> None:
+    whole, stopped = made(data), made(data)
+    fit(whole, data, 4, show_progress=False)
+    resume = tmp_path/'run.safetensors'
+
+    class Stop(Exception): pass
+    loss, calls = Composable.training_loss, []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 15: raise Stop
+        return loss(*args)
+
+    Composable.training_loss = stopping
+    try:
+        with pytest.raises(Stop): fit(stopped, data, 4, resume=resume, show_progress=False)
+    finally: Composable.training_loss = loss
+    again = made(data, seed=1)
+    fit(again, data, 4, resume=resume, show_progress=False)
+    assert same_state(whole, again)
+
+
+def test_files(trained: Callable, data: ImageData, tmp_path: Path) -> None:
+    model, other = trained().eval(), made(data, seed=1).eval()
+    load_checkpoint(other, save_checkpoint(model, tmp_path/'model.safetensors'))
+    images, labels = data.test.take(16)
+    targets = torch.eye(4, dtype=torch.bool)[labels]
+    with torch.no_grad():
+        assert torch.equal(model(images), other(images))
+        assert torch.equal(model(images, targets), other(images, targets))
+    with pytest.raises(ValueError, match='another network'):
+        load_checkpoint(made(data, dense=False), tmp_path/'model.safetensors')
+
+
+def test_a_network_without_norms(data: ImageData) -> None:
+    class Bare(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+    model = modularize(Bare(), 4, dense=True, example_input=torch.zeros(1, *data.shape))
+    fit(model, data, 2, show_progress=False)
+    assert not model.masks.statistics.paths
+    extract(model, decompose(model, data.train, show_progress=False), ['a', 'c'])
+
+
+# Gates that know the cost
+
+@pytest.mark.parametrize('dense', [False, True])
+@pytest.mark.parametrize('name', ['simcnn', 'resnet18', 'mobilenet'])
+@pytest.mark.parametrize('target', [dict(target_flops=0.2), dict(target_params=0.15)], ids=lambda t: min(t))
+def test_two_classes_keep_what_was_asked_for(
+    target: dict, name: str, dense: bool, data: ImageData
+) -> None:
+    model = made(data, name, dense=dense, **target)
+    fit(model, data, 3, show_progress=False)
+    parts = decompose(model, data.train, show_progress=False)
+    image = torch.zeros(1, *data.shape)
+    found = []
+    for pair in combinations(CLASSES, 2):
+        module = extract(model, parts, pair)
+        flops = count_flops(module, image) / module.full['flops']
+        params = count_params(module) / module.full['params']
+        found.append(flops if 'target_flops' in target else params)
+    [wanted] = target.values()
+    mean = sum(found) / len(found)
+    assert wanted * 0.9 < mean <= wanted * 1.001, f'{mean:.3f} on average'
+    gates = model.masks.gates
+    predicted = gates.costs.fraction(two_class_sets(gates.gates))
+    assert torch.allclose(predicted, torch.tensor(found), rtol=1e-2)       # a head of two rows costs less
+
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(target_flops=0.2, target_params=0.1), 'cannot both be met'),
+    (dict(target_flops=1e-4), 'the smallest possible is 0.0'),
+    (dict(target_params=0), 'target_params must be a number above 0'),
+    (dict(set_fraction=0), 'set_fraction must be a number above 0'),
+    (dict(distill=1.5), 'distill must be a number'),
+    (dict(dense='yes'), 'dense must be True or False')])
+def test_bad_settings(settings: dict, says: str, data: ImageData) -> None:
+    with pytest.raises((ValueError, TypeError), match=says): made(data, **settings)
