@@ -109,7 +109,7 @@ def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` f
     if name != 'plain' and name not in METHODS:
         raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(METHODS)}")
     given: dict[str, Any] = {k: float(v) for k, v in (c.split('=') for c in changes)}
-    for switch in ('amp', 'twice', 'two_roles'):        # the last: its old name and its new one
+    for switch in ('amp', 'dense', 'twice', 'two_roles'):       # the last two: an old name and a new one
         if switch in given: given[switch] = bool(given[switch])
     recipe = {f.name: given.pop(f.name) for f in fields(TrainConfig) if f.name in given}
     return (None if name == 'plain' else make_method(name, **given)), RECIPE | recipe
