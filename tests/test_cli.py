@@ -368,8 +368,9 @@ def test_help_of_train_shows_what_can_be_set(method: str, capsys: pytest.Capture
     recipe = {f.name for f in fields(TrainConfig)}
     assert shown >= own | recipe | {'data', 'out', 'epochs', 'batch_size', 'resume'}
     assert not shown & others
-    numbers = [getattr(settings, name) for name in own if not isinstance(getattr(settings, name), bool)]
-    assert all(f'(default: {n})' in ' '.join(said.split()) for n in numbers)
+    values = [getattr(settings, name) for name in own]
+    numbers = [n for n in values if n is not None and not isinstance(n, bool)]
+    assert numbers and all(f'(default: {n})' in ' '.join(said.split()) for n in numbers)
 
 
 def test_help_of_train_has_all_arguments_of_a_run(capsys: pytest.CaptureFixture) -> None:
