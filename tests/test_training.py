@@ -371,6 +371,14 @@ def test_step_never_waits(name: str, kind: str, epochs: float, data: ImageData) 
     assert sum(step_calls(network(name, kind), data.train, epochs).values()) > 100
 
 
+@EPOCHS
+@pytest.mark.parametrize('settings', [dict(dense=True), dict(target_flops=.2)], ids=lambda s: min(s))
+def test_step_of_other_settings_never_waits(settings: dict, epochs: float, data: ImageData) -> None:
+    net = create_model('simcnn', width=.1, in_channels=1, seed=0)
+    model = modularize(net, 10, example_input=torch.zeros(1, 1, 8, 8), **settings)
+    assert sum(step_calls(model, data.train.sample(256), epochs).values()) > 100
+
+
 @every_kind
 def test_step_in_bfloat16_never_waits(kind: str, data: ImageData) -> None:
     assert sum(step_calls(network('simcnn', kind), data.train.sample(256), 1.5, amp=True).values()) > 100

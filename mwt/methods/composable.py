@@ -215,10 +215,10 @@ def open_to_cost(
     low, high = torch.zeros_like(rank[0]), torch.full_like(rank[0], len(ordered) - 1)
     for _ in range(len(ordered).bit_length()):
         middle = (low + high + 1) // 2
-        cost = costs.fraction(two_class_sets(opened(ordered[middle]))).mean()
+        cost = costs.fraction(two_class_sets(opened(ordered.take(middle)))).mean()
         low = torch.where(cost <= fraction, middle, low)
         high = torch.where(cost <= fraction, high, middle - 1)
-    return opened(ordered[low])
+    return opened(ordered.take(low))         # `ordered[low]` would wait for the device
 
 def check_target(
     name: str, # of the target
