@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.func import functional_call
 from ..core.errors import WrongValue
 from ..core.nets import copy_of, device_of, freeze_as_, trainable, untouched
 from ..channels.cut import kept_channels, slice_channels_
@@ -174,6 +175,7 @@ class SharedMasks(Masks):
         self.kernels = {i.name: i.kernels for i in channels.infos if not i.reason}
         self.current = CurrentMask()
         self.fixed: Tensor | None = None        # (units + 1,), the same for every image
+        self.inner: InnerNetwork | None = None  # runs target sets in place of the whole network
         self.place_(net, torch.ones_like(unit_of_channel, dtype=torch.bool))
 
     def units_of(self, name: str) -> Tensor: # (kernels,), on the CPU
@@ -198,7 +200,9 @@ def run(self: SharedMasks, net: nn.Module, x: Tensor, targets: Tensor | None = N
     "Run the network with the kernels of some target sets, or of all classes; or with all kernels."
     self.current.mask = self.mask_of(targets, x.device)
     if self.statistics is None or self.current.mask is None: return net(x)
-    with self.statistics.used_by(net): return net(x)
+    with self.statistics.used_by(net):
+        if self.inner is None or self.fixed is not None: return net(x)
+        return self.inner.run(net, x, self.current.mask)
 
 @patch
 def mask_of(self: SharedMasks,
@@ -329,6 +333,68 @@ def weight_origins(
     weights = small.state_dict(prefix='net.')
     return {name: t.long().flatten() for name, t in weights.items()}
 
+# %% ../../nbs/05_methods/06_shared.ipynb #a0d65978
+class Taken(torch.autograd.Function):
+    "Rows and columns of a weight; in the backward pass the rest gets zeros."
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *grid: Tensor) -> Tensor:
+        ctx.save_for_backward(*grid)
+        ctx.shape = whole.shape
+        return whole[grid]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        whole = grad.new_zeros(ctx.shape)
+        whole[ctx.saved_tensors] = grad         # no place is taken twice
+        return whole, *[None] * len(ctx.saved_tensors)
+
+def grid_of(
+    at: Tensor, # (elements,), places that form a grid in a tensor, flattened
+    shape: torch.Size, # of the tensor
+) -> tuple[Tensor, ...]: # rows (r, 1) and columns (c,), or rows (r,); empty: everything
+    "The rows, and the columns, that hold some places."
+    if len(at) == shape.numel(): return ()
+    kept = [place.unique() for place in torch.unravel_index(at, shape)[:2]]
+    if len(kept) == 1: return tuple(kept)
+    return kept[0][:, None], kept[1]
+
+# %% ../../nbs/05_methods/06_shared.ipynb #97e9b5b4
+class InnerNetwork:
+    "The network without closed kernels, run with weights and buffers of the whole one."
+    def __init__(self,
+        model: nn.Module, # a `ModularModel` with `SharedMasks` whose gates are frozen
+    ) -> None:
+        device = device_of(model)
+        self.model = without_closed_kernels(model)
+        self.grids: dict[str, tuple[Tensor, ...]] = {}
+        weights = model.state_dict()
+        for name, at in weight_origins(model).items():
+            grid = grid_of(at, weights[name].shape)
+            self.grids[name.removeprefix('net.')] = tuple(index.to(device) for index in grid)
+
+    def run(self,
+        net: nn.Module, # the whole network, with points
+        x: Tensor, # (batch, channels, height, width)
+        mask: Tensor, # (batch or 1, units + 1)
+    ) -> Any: # what the network answers
+        "Run the smaller network."
+        whole = net.state_dict(keep_vars=True)
+        taken = {name: self.taken(whole[name], grid) for name, grid in self.grids.items()}
+        self.model.masks.current.mask = mask
+        self.model.net.train(net.training)
+        output = functional_call(self.model.net, taken, (x,))
+        self.model.masks.current.mask = None
+        for name, grid in self.grids.items():
+            if grid and not isinstance(whole[name], nn.Parameter): whole[name][grid] = taken[name]
+        return output
+
+    def taken(self,
+        tensor: Tensor, # a weight or a buffer of the whole network
+        grid: tuple[Tensor, ...], # from `grid_of`
+    ) -> Tensor:
+        "What the smaller network has of it."
+        return Taken.apply(tensor, *grid) if grid else tensor
+
 # %% ../../nbs/05_methods/06_shared.ipynb #596093f1
 @patch
 def release(self: SharedMasks) -> None:
@@ -338,9 +404,12 @@ def release(self: SharedMasks) -> None:
 
 @patch
 def smaller(self: SharedMasks, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]] | None:
-    "The model without closed kernels, and where its weights come from; `None` if all are in use."
-    if self.statistics is not None: return None
-    return without_closed_kernels(model), weight_origins(model)
+    "A model that trains without closed kernels, and where those of its weights come from that are its own."
+    if self.statistics is None: return without_closed_kernels(model), weight_origins(model)
+    slim = _copy_around(model)
+    slim.masks.current = self.current           # its network is the model's, with the model's points
+    slim.masks.inner = InnerNetwork(model)
+    return slim, {}
 
 @patch
 def upgrade(self: SharedMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -313,17 +313,18 @@ def shrink_(self: Trainer,
     if found is None: return
     small, origins = found
     x = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
-    with evaluating(self.model): expected = self.model(x)
+    everything = torch.ones(2, self.model.n_classes, dtype=torch.bool, device=x.device)
+    with evaluating(self.model): expected = self.model(x, everything)
     if not expected.isfinite().all(): return        # a lost run; `fit` will say so
     format = memory_format(small, x)
-    with evaluating(small.to(memory_format=format)): answers = small(x)
+    with evaluating(small.to(memory_format=format)): answers = small(x, everything)
     if not (answers - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1):
         warnings.warn('the network without closed kernels computes something else than the model; '
                       'training goes on with all kernels')
         return
     self.origins = {name: at.to(self.device) for name, at in origins.items()}
     self.format = format
-    self.move_momentum_(small, self.origins)
+    if self.origins: self.move_momentum_(small, self.origins)
     self.train_(small.train(self.model.training))
 
 # %% ../../nbs/07_train/03_trainer.ipynb #30e35ef1
