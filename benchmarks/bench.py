@@ -1,6 +1,6 @@
 """What the speed benchmarks share: their options, rows kept as lines of JSON, tables.
 
-Times are taken by `mwt.measure.time_in_turns`: medians over rounds in which each candidate runs
+Times are taken by `mwt.core.timing.time_in_turns`: medians over rounds in which each candidate runs
 once, after rounds that warm up.
 """
 from __future__ import annotations

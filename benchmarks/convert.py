@@ -19,7 +19,7 @@ from bench import arguments, keep, parse
 from latency import CLASSES, random_parts
 from mwt.methods.modular import modularize
 from mwt.modules.extract import extract
-from mwt.measure import time_in_turns
+from mwt.core.timing import time_in_turns
 from mwt.networks import NETWORKS, create_model
 
 FAMILIES = ('alexnet', 'vgg11', 'resnet18', 'resnext50_32x4d', 'wide_resnet50_2', 'squeezenet1_1',

@@ -28,7 +28,7 @@ from mwt.core.checks import seeded
 from mwt.data.batches import Batches
 from mwt.modules.decompose import decompose
 from mwt.modules.modularity import mean_jaccard
-from mwt.measure import time_in_turns
+from mwt.core.timing import time_in_turns
 from mwt.networks import create_model
 
 CLASSES = [str(i) for i in range(10)]

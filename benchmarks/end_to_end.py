@@ -24,7 +24,8 @@ from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
-from mwt.measure import count_params, evaluate, wait_for
+from mwt.core.timing import wait_for
+from mwt.measure import count_params, evaluate
 from mwt.networks import create_model
 from mwt.train.fit import fit
 

@@ -36,7 +36,8 @@ from mwt.modules.decompose import decompose
 from mwt.modules.module import as_module
 from mwt.modules.extract import extract
 from mwt.modules.speed import fold_norms
-from mwt.measure import count_flops, time_in_turns
+from mwt.core.timing import time_in_turns
+from mwt.measure import count_flops
 from mwt.networks import create_model
 
 CLASSES = [str(i) for i in range(10)]

@@ -29,7 +29,7 @@ from mwt.data.augment import Augment
 from mwt.data.batches import Batches
 from mwt.data.folders import cached_images, list_images
 from mwt.data.streams import image_files
-from mwt.measure import time_in_turns
+from mwt.core.timing import time_in_turns
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from bench import arguments, keep, parse
 from mwt.core.checks import seeded
-from mwt.measure import time_in_turns
+from mwt.core.timing import time_in_turns
 from mwt.methods.losses import mask_losses
 
 SIMCNN = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)       # kernels of its 13 layers

@@ -36,7 +36,7 @@ from mwt.core.nets import memory_format
 from mwt.methods.modular import ModularModel, modularize
 from mwt.core.checks import seeded
 from mwt.methods.composable import SET_EVERY
-from mwt.measure import time_in_turns
+from mwt.core.timing import time_in_turns
 from mwt.networks import conv_block, create_model, init_convs
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import training_loss

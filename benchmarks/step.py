@@ -32,7 +32,7 @@ from mwt.core.nets import memory_format
 from mwt.methods.modular import ModularModel, modularize
 from mwt.core.checks import seeded
 from mwt.methods.composable import open_gates
-from mwt.measure import time_in_turns
+from mwt.core.timing import time_in_turns
 from mwt.networks import NETWORKS, create_model
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer

@@ -4,9 +4,7 @@
 
 # %% ../nbs/06_measure/01_measure.ipynb #6d6feb9f
 from __future__ import annotations
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +20,7 @@ from .core.errors import MwtError, TrainingLost, WrongValue
 from .core.processes import global_sum
 from .core.nets import device_of, evaluating, input_dtype, untouched
 from .core.signature import Signature, signature_of
+from .core.timing import time_in_turns
 from .data.batches import Batches, class_names
 from .data.loaders import LoaderBatches, as_batches, check_shape, taken_by
 from .channels.trace import REFUSALS, find_example, input_channels
@@ -182,48 +181,6 @@ def count_flops(
     few = x[:2]         # some networks cannot do with one image (`x.squeeze()`)
     with evaluating(model), FlopCounterMode(display=False) as counter: model(few)
     return counter.get_total_flops() // len(few)
-
-# %% ../nbs/06_measure/01_measure.ipynb #0e98d96d
-def wait_for(
-    device: torch.device, # CPU or GPU
-) -> None:
-    "Until the device has done what it was given."
-    if device.type == 'cuda': torch.cuda.synchronize(device)
-
-def _run_time(call: Callable[[], Any], device: torch.device) -> float:
-    "Seconds that a call takes, device included."
-    wait_for(device)
-    start = time.perf_counter()
-    call()
-    wait_for(device)
-    return time.perf_counter() - start
-
-# %% ../nbs/06_measure/01_measure.ipynb #14572842
-def _summary(
-    times: Sequence[float], # seconds, one a round
-    reference: Sequence[float], # seconds of what it is compared with, in the same rounds
-) -> dict[str, float]: # seconds (median), low and high (quartiles), ratio (median over rounds)
-    "What is said of a series of times."
-    low, middle, high = 3 * [times[0]]
-    if len(times) > 1: low, middle, high = statistics.quantiles(times, n=4)
-    ratio = statistics.median(t / r for t, r in zip(times, reference))
-    return dict(seconds=middle, low=low, high=high, ratio=ratio)
-
-def time_in_turns(
-    calls: Mapping[str, Callable[[], Any]], # what is timed, by name; the first is the reference
-    device: torch.device, # where they work
-    rounds: int = 15, # that count
-    warmup: int = 3, # rounds that do not
-) -> dict[str, dict[str, float]]: # by name: `seconds` (median), `low`, `high` (quartiles), `ratio`
-    "Time several things in turns; a `ratio` is taken round by round, then its median."
-    check_range('rounds', rounds, 1, integer=True)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(warmup + rounds):
-        for name, call in calls.items():
-            seconds = _run_time(call, device)
-            if turn >= warmup: times[name].append(seconds)
-    reference = next(iter(times.values()))
-    return {name: _summary(series, reference) for name, series in times.items()}
 
 # %% ../nbs/06_measure/01_measure.ipynb #099958df
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from mwt.core.signature import Signature
 from mwt.data.batches import Batches
 from mwt.data.sources import image_data
-from mwt.measure import confusion, count_params, evaluate, n_outputs, profile, profiles, time_in_turns
+from mwt.core.timing import time_in_turns
+from mwt.measure import confusion, count_params, evaluate, n_outputs, profile, profiles
 from mwt.methods.mwt import MwT
 from mwt.modules.decompose import MaskCounter
 from mwt.modules.modularity import jaccard_cohesion, jaccard_coupling, kernel_retention, mean_jaccard

@@ -4,11 +4,15 @@
 
 # %% ../../nbs/04_channels/09_costs.ipynb #c4712f3d
 from __future__ import annotations
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..core.nets import evaluating, untouched
+from ..core.nets import copy_of, evaluating, untouched
+from ..core.timing import time_in_turns
 from .mapping import ChannelMap
 
 # %% auto #0
@@ -44,12 +48,15 @@ class CostTable(nn.Module):
         each: Tensor, # (layers,), cost of one output for one input
         once: Tensor, # (layers,), cost of one output, whatever it reads
         total: float, # cost of the whole network
+        measured: bool = False, # then it goes into files: another machine would find other numbers
     ) -> None:
         super().__init__()
-        for name, t in dict(reads=reads, writes=writes, each=each, once=once).items():
+        for name, t in dict(reads=reads, writes=writes).items():
             self.register_buffer(name, t, persistent=False)
-        self.rest = 0.          # cost of all that cannot be cut
-        self.rest = total - self.cost(torch.ones(1, len(reads))).item()
+        rest = torch.zeros(())      # cost of all that cannot be cut
+        for name, t in dict(each=each, once=once, rest=rest).items():
+            self.register_buffer(name, t, persistent=measured)
+        self.rest += total - self.cost(torch.ones(1, len(reads)))[0]
 
 @patch
 def cost(self: CostTable,
@@ -75,33 +82,109 @@ def price(self: CostTable,
     found = (outputs * self.each) @ self.reads.T + (inputs * self.each + self.once) @ self.writes.T
     return found[:, :-1]
 
+# %% ../../nbs/04_channels/09_costs.ipynb #db9e8557
+IMAGES = 16         # that layers are timed with
+
+def half_of(
+    layer: nn.Module, # a convolution or a linear layer
+) -> nn.Module: # a copy
+    "A layer with half of its outputs, and of its inputs unless it reads them in groups."
+    half, alone = copy_of(layer), getattr(layer, 'groups', 1) > 1
+    if alone: half.groups = max(1, layer.groups // 2)
+    outputs = -(-layer.weight.shape[0] // 2)
+    if alone: outputs = half.groups * (layer.weight.shape[0] // layer.groups)
+    inputs = layer.weight.shape[1] if alone else -(-layer.weight.shape[1] // 2)
+    half.weight = nn.Parameter(layer.weight.detach()[:outputs, :inputs].clone())
+    if layer.bias is not None: half.bias = nn.Parameter(layer.bias.detach()[:outputs].clone())
+    return half
+
+def layer_seconds(
+    net: nn.Module, # a plain network
+    names: Sequence[str], # of layers
+    example: Tensor, # an input that it accepts
+) -> tuple[dict[str, float], float]: # what grows with the channels of each layer; of the whole network
+    "Seconds that layers take for a few images, on the machine at hand."
+    images, inputs = example[:1].expand(IMAGES, *example.shape[1:]).contiguous(), {}
+    whole = {name: net.get_submodule(name) for name in names}
+    hooks = [layer.register_forward_pre_hook(partial(_note, inputs, name)) for name, layer in whole.items()]
+    with evaluating(net), untouched(net), torch.no_grad():
+        try: net(images)
+        finally:
+            for hook in hooks: hook.remove()
+        calls: dict[str, Callable[[], Any]] = {'': partial(net, images)}
+        for name, x in inputs.items():
+            half = half_of(whole[name])
+            width = half.weight.shape[1] * getattr(half, 'groups', 1)
+            dim = -1 if isinstance(half, nn.Linear) else 1
+            calls[f'{name} whole'] = partial(whole[name], x)
+            calls[f'{name} half'] = partial(half, x.narrow(dim, 0, width).contiguous())
+        times = time_in_turns(calls, images.device)
+    found = {}
+    for name in inputs:
+        long, short = [times[f'{name} {part}']['seconds'] for part in ('whole', 'half')]
+        share = 1 / 2 if getattr(whole[name], 'groups', 1) > 1 else 1 / 4
+        found[name] = min(long, max(0., (long - short) / (1 - share)))
+    return found, times['']['seconds']
+
+def _note(inputs: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if args: inputs.setdefault(name, args[0].detach())
+
+# %% ../../nbs/04_channels/09_costs.ipynb #990f2a7f
+def layer_costs(
+    net: nn.Module, # a plain network
+    channels: ChannelMap, # of the network
+    example: Tensor, # an input that it accepts
+    what: str, # one of `COUNTED`
+) -> tuple[dict[str, tuple[float, float]], float]: # of each layer: product, once an output; the whole
+    "What the layers of a network cost."
+    if what == 'krr':
+        counted = {info.name: (0., info.kernels) for info in channels.infos if not info.reason}
+        return counted, sum(kernels for _, kernels in counted.values())
+    if what == 'params':
+        params = {name: layer_params(net.get_submodule(name)) for name in channels.layers}
+        return params, sum(p.numel() for p in net.parameters())
+    if what == 'flops': found, total = layer_flops(net, example)
+    else:
+        layers = [name for name in channels.layers if not reads_nothing(net, name)]
+        found, total = layer_seconds(net, layers, example)
+    return {name: (cost, 0.) for name, cost in found.items()}, total
+
+def reads_nothing(net: nn.Module, name: str) -> bool:
+    "Is this a layer without kernels, such as a norm?"
+    weight = getattr(net.get_submodule(name), 'weight', None)
+    return weight is None or weight.ndim < 2
+
 # %% ../../nbs/04_channels/09_costs.ipynb #c3eb97e8
-COUNTED = 'params', 'flops'
+COUNTED = 'krr', 'params', 'flops', 'latency'
 
 def cost_table(
     net: nn.Module, # a plain network
     channels: ChannelMap, # of the network
     unit_of_channel: Tensor, # (numbers,), unit of each channel; the largest: what stays
     example: Tensor, # an input that it accepts
-    what: str, # 'params' or 'flops'
+    what: str, # one of `COUNTED`: kernels, parameters, operations, or seconds on this machine
 ) -> CostTable:
     "The cost of a network's layers. Exact for networks whose channels are read by their layers alone."
     n = int(unit_of_channel.max()) + 1
-    flops, total = layer_flops(net, example)
-    if what == 'params': total = sum(p.numel() for p in net.parameters())
+    costs, total = layer_costs(net, channels, example, what)
     reads, writes, each, once = [], [], [], []
     for name, layer in channels.layers.items():
-        module = net.get_submodule(name)
-        weight, others = layer_params(module)
-        if what == 'flops': weight, others = flops.get(name, 0), 0
-        alone = layer.reads is None or getattr(module, 'groups', 1) > 1
-        inputs = 0 if alone else len(layer.reads)
-        reads.append(_counts(None if alone else layer.reads, unit_of_channel, n))
+        inputs = 0 if reads_alone(net, name, channels) else len(layer.reads)
+        product, others = costs.get(name, (0., 0.))
+        reads.append(_counts(layer.reads if inputs else None, unit_of_channel, n))
         writes.append(_counts(layer.writes, unit_of_channel, n))
-        each.append(weight / (inputs * len(layer.writes)) if inputs else 0.)
-        once.append((others if inputs else weight + others) / len(layer.writes))
-    return CostTable(torch.stack(reads, 1), torch.stack(writes, 1), torch.tensor(each),
-                     torch.tensor(once), total)
+        each.append(product / (inputs * len(layer.writes)) if inputs else 0.)
+        once.append((others if inputs else product + others) / len(layer.writes))
+    tensors = torch.stack(reads, 1), torch.stack(writes, 1), torch.tensor(each), torch.tensor(once)
+    return CostTable(*tensors, total, measured=what == 'latency')
+
+def reads_alone(
+    net: nn.Module, # a plain network
+    name: str, # of a layer
+    channels: ChannelMap, # of the network
+) -> bool:
+    "Does each output of a layer read a fixed number of inputs, as in norms and depthwise layers?"
+    return channels.layers[name].reads is None or getattr(net.get_submodule(name), 'groups', 1) > 1
 
 def _counts(numbers: Tensor | None, unit_of_channel: Tensor, n: int) -> Tensor: # (units + 1,)
     if numbers is None: return torch.zeros(n)
