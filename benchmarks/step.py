@@ -31,7 +31,7 @@ from bench import arguments, keep, parse
 from mwt.core.nets import memory_format
 from mwt.methods.modular import ModularModel, modularize
 from mwt.core.checks import seeded
-from mwt.methods.composable import open_gates
+from mwt.methods.composable import module_masks, open_gates
 from mwt.core.timing import time_in_turns
 from mwt.networks import NETWORKS, create_model
 from mwt.train.history import TrainConfig
@@ -53,7 +53,8 @@ def close_gates(model: ModularModel) -> float: # share of the kernels that some 
     shared = torch.randn(gates.n_units)
     own = torch.randn(N_CLASSES, gates.n_units)
     scores = torch.exp(1.2 * shared + 1.2 * own).to(gates.scores)
-    gates.gates.copy_(open_gates(scores, gates.kernels, gates.groups, model.method.target_krr))
+    scores = scores / gates.costs.price(module_masks(gates.gates)).mean(0)
+    gates.gates.copy_(open_gates(scores, gates.costs, gates.groups, float(model.method.goals(model).mean())))
     return ((gates.gates.amax(0) * gates.kernels).sum() / gates.kernels.sum()).item()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from mwt.channels.costs import CostTable
 from mwt.core.signature import weights_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,3 +59,9 @@ def same_tensors(a: Iterable, b: Iterable) -> bool:
     a, b = list(a), list(b)
     if len(a) != len(b): return False
     return all(torch.equal(x, y) if isinstance(x, Tensor) else same_tensors(x, y) for x, y in zip(a, b))
+
+
+def kernel_costs(kernels: Tensor) -> CostTable:
+    "A table for a network of which kernels are counted: (units,) how many there are in each unit."
+    writes = torch.cat([kernels.float(), torch.zeros(1)])[:, None]
+    return CostTable(torch.zeros_like(writes), writes, torch.zeros(1), torch.ones(1), float(kernels.sum()))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 import pytest
 import torch
+from helpers import kernel_costs
 from odd_networks import Small, few_images
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,7 @@ from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.measure import evaluate
 from mwt.methods.base import METHODS, Method, describe_method, make_method
-from mwt.methods.composable import open_gates
+from mwt.methods.composable import module_masks, open_gates
 from mwt.methods.modular import ModularModel, fixed_masks, mask_table, modularize
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
@@ -227,8 +228,8 @@ def test_target_holds_where_all_scores_are_equal(value: float, fraction: float) 
     sizes = [40, 80, 160, 320]
     groups = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
     kernels = torch.where(groups == 2, 3, 1).float()        # a stream, coupled in three layers
-    gates = open_gates(torch.full((5, len(groups)), value), kernels, groups, fraction)
-    share = (gates * kernels).sum(1) / kernels.sum()
+    gates = open_gates(torch.full((5, len(groups)), value), kernel_costs(kernels), groups, fraction)
+    share = (gates * kernels).sum(1) / kernels.sum()        # all classes open the same
     assert (share <= fraction + 1e-6).all() and (share > fraction - .01).all()
     for group, size in enumerate(sizes):
         assert abs(gates[:, groups == group].mean() - fraction) < 2.5 / size + .01
@@ -239,10 +240,10 @@ def test_some_scores_are_equal() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, groups = torch.rand(4, 200, generator=generator), torch.arange(200) // 10
     scores[:, 100:] = 0.
-    for fraction in (.1, .3, .5, .7):
-        gates = open_gates(scores, torch.ones(200), groups, fraction)
-        wanted = max(fraction, float((gates[:, :100].sum() + 4 * 10) / 800))
-        assert abs(gates.mean() - wanted) < .02
+    for fraction in (.2, .3, .5, .7):       # of 20 groups, a class needs one unit each
+        gates = open_gates(scores, kernel_costs(torch.ones(200)), groups, fraction)
+        kept = module_masks(gates)[:, :-1].mean()
+        assert abs(kept - fraction) < .02
         assert (gates.view(4, 20, 10).sum(2) > 0).all()
 
 
@@ -251,15 +252,16 @@ def test_class_that_was_never_seen() -> None:
     groups = torch.arange(100) // 10
     scores = torch.rand(3, 100, generator=torch.Generator().manual_seed(0))
     scores[1], scores[2] = 0., torch.nan
-    gates = open_gates(scores, torch.ones(100), groups, .3)
+    gates = open_gates(scores, kernel_costs(torch.ones(100)), groups, .6)
     assert gates[1].sum() == gates[2].sum() == 10 and gates[0].sum() > 80
 
 
 def test_scores_that_differ_are_ranked_as_ever() -> None:
     scores = torch.rand(4, 500, generator=torch.Generator().manual_seed(0))
-    gates = open_gates(scores, torch.ones(500), torch.zeros(500, dtype=torch.long), .2)
-    best = scores.flatten().topk(400).indices
-    assert gates.sum() == 400 and gates.flatten()[best].all()
+    gates = open_gates(scores, kernel_costs(torch.ones(500)), torch.zeros(500, dtype=torch.long), .36)
+    best = scores.flatten().topk(int(gates.sum())).indices
+    assert gates.flatten()[best].all() and 360 < gates.sum() < 480
+    assert abs(module_masks(gates)[:, :-1].mean() - .36) < .002
 
 
 @pytest.mark.parametrize('network', ['simcnn', 'resnet18'])
@@ -267,7 +269,7 @@ def test_black_images(network: str) -> None:
     data = few_images(size=32, black=True)
     model = modularize(create_model(network, 4, .25, seed=0), 4, target_krr=.15)
     fit(model, data, 3, show_progress=False)
-    assert abs(model.masks.gates.krr.item() - .15) < .02
+    assert abs(model.masks.gates.krr.item() - .15) < .02    # for all classes the same kernels
     kept = decompose(model, data.train, show_progress=False)
     layers = kept.split(kept.kept.float())
     assert all(abs(mask.mean() - .15) < .12 for mask in layers.values())

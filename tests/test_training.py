@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, same_state, same_tensors, state
+from helpers import ROOT, kernel_costs, same_state, same_tensors, state
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +21,7 @@ from mwt.data.batches import Batches, ImageData, from_tensors
 from mwt.data.sources import image_data
 from mwt.measure import evaluate
 from mwt.methods.base import METHODS
-from mwt.methods.composable import ClassGates, Composable, draw_targets, open_gates
+from mwt.methods.composable import ClassGates, Composable, draw_targets, module_masks, open_gates
 from mwt.methods.modular import modularize
 from mwt.methods.points import mask_points
 from mwt.modules.decompose import decompose
@@ -533,7 +533,7 @@ class Sizes(TorchDispatchMode):
 def gate_step(n_classes: int, units: int, batch: int) -> Sizes:
     "What a step costs the gates."
     kernels = torch.ones(units, dtype=torch.long)
-    gates = ClassGates(n_classes, kernels, torch.arange(units) % 20).train()
+    gates = ClassGates(n_classes, kernels, torch.arange(units) % 20, kernel_costs(kernels)).train()
     model = SimpleNamespace(masks=SimpleNamespace(gates=gates))
     labels = torch.randint(n_classes, (batch,))
     with Sizes() as sizes:
@@ -567,9 +567,10 @@ def test_open_gates_keep_to_the_fraction(n_classes: int, units: int, fraction: f
     scores = torch.rand(n_classes, units, generator=generator)
     kernels = torch.randint(1, 5, (units,), generator=generator)
     groups = torch.arange(units) % 3
-    gates = open_gates(scores, kernels, groups, fraction)
-    must = n_classes * 3 * kernels.max()                    # at least one of each group
-    assert (gates * kernels).sum() <= fraction * n_classes * kernels.sum() + must
+    costs = kernel_costs(kernels)
+    gates = open_gates(scores, costs, groups, fraction)
+    must = 2 * 3 * kernels.max() / kernels.sum()            # at least one of each group
+    assert costs.fraction(module_masks(gates)).mean() <= max(fraction, must) + 1e-6
     assert all(gates[:, groups == g].any(1).all() for g in groups.unique())
     if fraction == 1: assert gates.all()
 

@@ -11,7 +11,7 @@ from helpers import same_state
 from torch import nn
 from mwt.data.batches import ImageData, from_tensors
 from mwt.measure import count_flops, count_params, evaluate
-from mwt.methods.composable import Composable, two_class_sets
+from mwt.methods.composable import Composable, module_masks
 from mwt.methods.modular import ModularModel, modularize, plain
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
@@ -54,7 +54,7 @@ def test_the_full_model_keeps_every_kernel(trained: Callable, data: ImageData) -
     model = trained().eval()
     images, _ = data.test.take(16)
     with torch.no_grad(): assert torch.equal(model(images), plain(model)(images))
-    assert model.masks.gates.krr < 0.2 and evaluate(model, data.test) > 0.9
+    assert model.masks.gates.krr < 0.3 and evaluate(model, data.test) > 0.9
 
 
 def test_target_sets_have_statistics_of_their_own(trained: Callable) -> None:
@@ -136,34 +136,79 @@ def test_a_network_without_norms(data: ImageData) -> None:
 
 # Gates that know the cost
 
-@pytest.mark.parametrize('dense', [False, True])
-@pytest.mark.parametrize('name', ['simcnn', 'resnet18', 'mobilenet'])
-@pytest.mark.parametrize('target', [dict(target_flops=0.2), dict(target_params=0.15)], ids=lambda t: min(t))
-def test_two_classes_keep_what_was_asked_for(
-    target: dict, name: str, dense: bool, data: ImageData
-) -> None:
-    model = made(data, name, dense=dense, **target)
-    fit(model, data, 3, show_progress=False)
+def kept(model: ModularModel, data: ImageData, what: str) -> dict[tuple[str, str], float]:
+    "The fraction of the cost that the module of each pair of classes really keeps."
     parts = decompose(model, data.train, show_progress=False)
-    image = torch.zeros(1, *data.shape)
-    found = []
+    found = {}
     for pair in combinations(CLASSES, 2):
         module = extract(model, parts, pair)
-        flops = count_flops(module, image) / module.full['flops']
-        params = count_params(module) / module.full['params']
-        found.append(flops if 'target_flops' in target else params)
-    [wanted] = target.values()
-    mean = sum(found) / len(found)
-    assert wanted * 0.9 < mean <= wanted * 1.001, f'{mean:.3f} on average'
+        if what == 'flops': cost = count_flops(module, torch.zeros(1, *data.shape)) / module.full['flops']
+        elif what == 'params': cost = count_params(module) / module.full['params']
+        else: cost = parts.kept[[CLASSES.index(c) for c in pair]].any(0).double().mean().item()
+        found[pair] = cost
+    return found
+
+
+@pytest.mark.parametrize('name, what, target, dense', [
+    ('simcnn', 'flops', .2, True), ('resnet18', 'params', .15, False), ('mobilenet', 'flops', .3, True),
+    ('resnet18', 'krr', .3, False)])
+def test_two_classes_keep_what_was_asked_for(
+    name: str, what: str, target: float, dense: bool, data: ImageData
+) -> None:
+    model = made(data, name, dense=dense, **{f'target_{what}': target})
+    fit(model, data, 3, show_progress=False)
+    found = torch.tensor(list(kept(model, data, what).values()))
+    assert target * .9 < found.mean() <= target * 1.001, f'{found.mean():.3f} on average'
     gates = model.masks.gates
-    predicted = gates.costs.fraction(two_class_sets(gates.gates))
-    assert torch.allclose(predicted, torch.tensor(found), rtol=1e-2)       # a head of two rows costs less
+    predicted = gates.costs.fraction(module_masks(gates.gates))
+    assert torch.allclose(predicted, found.float(), rtol=1e-2)              # a head of two rows costs less
+
+
+def test_a_target_for_each_class(data: ImageData, tmp_path: Path) -> None:
+    targets = dict(a=.5, b=.2, c=.2, d=.2)
+    model = made(data, target_flops=targets)
+    fit(model, data, 20, show_progress=False)
+    found = kept(model, data, 'flops')
+    means = {c: sum(cost for pair, cost in found.items() if c in pair) / 3 for c in CLASSES}
+    assert abs(means['a'] - .35) < .04 and all(abs(means[c] - .25) < .04 for c in 'bcd'), means
+    again = made(data, seed=1, target_flops=targets)
+    load_checkpoint(again, save_checkpoint(model, tmp_path/'model.safetensors'))
+    assert torch.equal(again.masks.gates.balance, model.masks.gates.balance)
+    assert again.method == model.method
+
+
+def test_classes_by_number_and_unknown_ones(data: ImageData) -> None:
+    assert made(data, target_flops={0: .4, 1: .2, 2: .2, 3: .3}).method.target_flops['0'] == .4
+    with pytest.raises(ValueError, match="target_flops: no fraction for 'd'; give one for each of"):
+        fit(made(data, target_flops=dict(a=.4, b=.2, c=.2)), data, 1, show_progress=False)
+    with pytest.raises(ValueError, match="target_flops: no class 'e'"):
+        fit(made(data, target_flops=dict.fromkeys('abcde', .3)), data, 1, show_progress=False)
+
+
+def test_measured_time(tmp_path: Path) -> None:
+    "The table goes into files: what another machine measures takes no part in a run that is resumed."
+    def layers() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.ReLU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 4))
+
+    example = torch.zeros(1, 3, 24, 24)
+    model, other = [modularize(layers(), 4, target_latency=.7, example_input=example) for _ in range(2)]
+    costs = model.masks.gates.costs
+    load_checkpoint(other, save_checkpoint(model, tmp_path/'model.safetensors'))
+    assert torch.equal(other.masks.gates.costs.each, costs.each)
+    half = torch.ones(1, len(costs.reads))
+    half[:, :-1:2] = 0
+    assert costs.fraction(half) < .8
+    with pytest.raises(ValueError, match='the smallest possible is'):
+        modularize(layers(), 4, target_latency=1e-4, example_input=example)
 
 
 @pytest.mark.parametrize('settings, says', [
     (dict(target_flops=0.2, target_params=0.1), 'cannot both be met'),
     (dict(target_flops=1e-4), 'the smallest possible is 0.0'),
     (dict(target_params=0), 'target_params must be a number above 0'),
+    (dict(target_flops=dict(a=1.5)), r"target_flops\['a'\] must be a number above 0 and at most 1"),
+    (dict(target_flops={}), 'must have a fraction for each class'),
     (dict(set_fraction=0), 'set_fraction must be a number above 0'),
     (dict(distill=1.5), 'distill must be a number'),
     (dict(dense='yes'), 'dense must be True or False')])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_range, own_numbers_
 from ..core.errors import WrongValue
 from ..core.processes import global_rows, global_sum, own_rows
-from ..channels.costs import CostTable, cost_table
+from ..channels.costs import COUNTED, CostTable, cost_table
 from ..channels.mapping import ChannelMap
 from .losses import class_sums
 from .base import Masks, Method, cross_entropy
@@ -55,13 +55,15 @@ class ClassGates(nn.Module):
         n_classes: int, # at least 2
         kernels: Tensor, # (units,), kernels in each unit
         groups: Tensor, # (units,), from 0: units written by the same layers
-        costs: CostTable | None = None, # what counts as size; `None`: the number of kernels
+        costs: CostTable | None = None, # what counts as size; needed to set the gates
+        uneven: bool = False, # classes have targets of their own
     ) -> None:
         super().__init__()
         self.costs = costs
         self.n_units = len(kernels)
         self.register_buffer('gates', torch.ones(n_classes, self.n_units))
         self.register_buffer('scores', torch.zeros(n_classes, self.n_units))
+        self.register_buffer('balance', torch.ones(n_classes), persistent=uneven)
         self.register_buffer('kernels', kernels.float(), persistent=False)
         self.register_buffer('groups', groups, persistent=False)
         self.learning = True                    # frozen gates need no gradient
@@ -101,27 +103,35 @@ def observe(self: ClassGates,
     self.scores.mul_(1 - weight).add_(squares.mul_(weight / counts.clamp_min(1)))
     self.mask = None
 
-# %% ../../nbs/05_methods/09_composable.ipynb #dc2ed09e
-SAMPLE = 2**16      # scores that a threshold is found from; more are thinned out evenly
+# %% ../../nbs/05_methods/09_composable.ipynb #6cb285c9
+@patch
+def relative(self: ClassGates,
+    separation: float, # gamma, at least 0
+) -> Tensor: # (classes, units)
+    "Scores for what a unit costs, that can be compared between classes."
+    scores = self.scores / self.scores.sum(1, keepdim=True).clamp_min(1e-30)
+    special = scores / scores.mean(0).clamp_min(1e-30)
+    price = self.costs.price(module_masks(self.gates)).mean(0)
+    return scores * special**separation / price.clamp_min(1e-30)
 
-def score_threshold(
-    scores: Tensor, # (classes, units)
-    kernels: Tensor, # (units,), kernels in each unit
-    fraction: Tensor | float, # of all kernels, in (0, 1]
-) -> Tensor: # scalar
-    "The score that this fraction of all kernels exceeds."
-    step = -(-scores.numel() // SAMPLE)
-    while math.gcd(step, scores.shape[1]) > 1: step += 1       # so that every unit has its turn
-    flat = scores.flatten()[::step]
-    weight = kernels.to(scores).expand_as(scores).reshape(-1)[::step]
-    flat, order = flat.sort(descending=True)
-    filled = weight[order].cumsum(0)
-    wanted = (fraction * filled[-1]).reshape(1)
-    at = torch.searchsorted(filled, wanted, right=True).clamp_max(len(flat) - 1)
-    return flat[at][0]
+MOST_PAIRS = 128        # of classes that a mean is taken over; of more, an even choice
 
+def class_pairs(
+    n_classes: int, # at least 2
+    device: torch.device | str = 'cpu', # where they are wanted
+) -> Tensor: # (2, pairs), numbers of classes
+    "All pairs of classes, or an even choice of them."
+    pairs = torch.triu_indices(n_classes, n_classes, 1, device=device)
+    return pairs[:, ::-(-pairs.shape[1] // MOST_PAIRS)]
 
-# %% ../../nbs/05_methods/09_composable.ipynb #87b053ad
+def module_masks(
+    gates: Tensor, # (classes, units), 0 or 1, or whether gates are open
+) -> Tensor: # (pairs, units + 1), 0 or 1; the last is 1
+    "What modules of two classes keep."
+    first, second = class_pairs(len(gates), gates.device)
+    return F.pad(torch.maximum(gates[first], gates[second]).float(), (0, 1), value=1.)
+
+# %% ../../nbs/05_methods/09_composable.ipynb #c7a8e369
 def tie_rank(
     n: int, # units
     device: torch.device | str = 'cpu', # where they are
@@ -130,74 +140,28 @@ def tie_rank(
     parts = torch.arange(1, n + 1, dtype=torch.float64, device=device) * GOLDEN % 1
     return parts.argsort().argsort()
 
-def fill_up(
-    tied: Tensor, # (classes, units) boolean, units whose score is that of the threshold
-    kernels: Tensor, # (units,), kernels in each unit
-    rank: Tensor, # (units,), from `tie_rank`
-    left: Tensor, # scalar, kernels that may still open, over all classes
-) -> Tensor: # (classes, units) boolean
-    "Those of the tied units that still fit."
-    cost = tied.sum(0) * kernels.to(torch.float64)
-    queue = torch.zeros_like(cost).scatter(0, rank, cost).cumsum(0)
-    return tied & (queue[rank] <= left)
+def without_ties(
+    scores: Tensor, # (classes, units), at least 0
+) -> Tensor: # (classes, units), double; no two of a class are equal
+    "Scores in the same order, with equal ones in the order of `tie_rank`."
+    scores = scores.double().nan_to_num(0., 1e38)
+    rank = tie_rank(scores.shape[1], scores.device)
+    lowered = 1 - 1e-9 * (rank + 1).double() / len(rank)
+    return scores.clamp_min(1e-12 * scores.amax().clamp_min(1e-30)) * lowered
 
-def best_of_empty(
-    chosen: Tensor, # (classes, units) boolean
-    scores: Tensor, # (classes, units)
+def best_of_groups(
+    scores: Tensor, # (classes, units), from `without_ties`
     groups: Tensor, # (units,), from 0
-    rank: Tensor, # (units,), from `tie_rank`
 ) -> Tensor: # (classes, units) boolean
-    "The best unit of each group in which a class has none."
+    "The best unit of each group, for each class."
     where = groups.expand_as(scores)
     none = torch.full_like(scores, -1)              # there are at most as many groups as units
-    filled = none.scatter_reduce(1, where, chosen.to(scores.dtype), 'amax').gather(1, where) > 0
-    best = scores >= none.scatter_reduce(1, where, scores, 'amax').gather(1, where)
-    queue = torch.where(best, rank, len(rank)).expand_as(where)
-    first = torch.full_like(where, len(rank)).scatter_reduce(1, where, queue, 'amin').gather(1, where)
-    return ~filled & best & (queue == first)
+    return scores >= none.scatter_reduce(1, where, scores, 'amax').gather(1, where)
 
-# %% ../../nbs/05_methods/09_composable.ipynb #2a0568e4
+# %% ../../nbs/05_methods/09_composable.ipynb #efdfb01e
+SAMPLE = 2**16      # scores that a threshold is chosen from; more are thinned out evenly
+
 def open_gates(
-    scores: Tensor, # (classes, units), how much each unit means to each class
-    kernels: Tensor, # (units,), kernels in each unit
-    groups: Tensor, # (units,), from 0: units written by the same layers
-    fraction: float, # of all kernels, in (0, 1]
-) -> Tensor: # (classes, units), 0 or 1
-    "Open the gates with the highest scores; of every group and class at least one."
-    if fraction >= 1: return torch.ones_like(scores)
-    scores = scores.nan_to_num(0.)
-    rank = tie_rank(scores.shape[1], scores.device)
-    threshold = score_threshold(scores, kernels, fraction)
-    chosen = scores > threshold
-    left = fraction * kernels.sum() * len(scores) - (chosen * kernels).sum()
-    chosen |= fill_up(scores == threshold, kernels, rank, left)
-    return (chosen | best_of_empty(chosen, scores, groups, rank)).to(scores.dtype)
-
-# %% ../../nbs/05_methods/09_composable.ipynb #e7054f15
-@patch
-def relative(self: ClassGates,
-    separation: float, # gamma, at least 0
-) -> Tensor: # (classes, units)
-    "Scores for what a unit costs, that can be compared between classes."
-    scores = self.scores / self.scores.sum(1, keepdim=True).clamp_min(1e-30)
-    special = scores / scores.mean(0).clamp_min(1e-30)
-    price = self.kernels
-    if self.costs is not None: price = self.costs.price(two_class_sets(self.gates)).mean(0)
-    return scores * special**separation / price.clamp_min(1e-30)
-
-MOST_PAIRS = 128        # of classes that a mean is taken over; of more, an even choice
-
-def two_class_sets(
-    gates: Tensor, # (classes, units), 0 or 1
-) -> Tensor: # (pairs, units + 1), 0 or 1; the last is 1
-    "What modules of two classes keep."
-    pairs = torch.triu_indices(len(gates), len(gates), 1, device=gates.device)
-    step = -(-pairs.shape[1] // MOST_PAIRS)
-    first, second = pairs[:, ::step]
-    return F.pad(torch.maximum(gates[first], gates[second]), (0, 1), value=1.)
-
-# %% ../../nbs/05_methods/09_composable.ipynb #da999c6e
-def open_to_cost(
     scores: Tensor, # (classes, units), what each unit means to each class, for what it costs
     costs: CostTable, # of the network
     groups: Tensor, # (units,), from 0: units written by the same layers
@@ -205,23 +169,26 @@ def open_to_cost(
 ) -> Tensor: # (classes, units), 0 or 1
     "Open the gates with the highest scores; of every group and class at least one."
     if fraction >= 1: return torch.ones_like(scores)
-    scores = scores.nan_to_num(0.)
-    rank = tie_rank(scores.shape[1], scores.device)
-    scores = scores * (1 + 1e-6 * (rank + 1) / len(rank))                   # no two are equal
-    ordered = scores.flatten().sort(descending=True).values
-    def opened(threshold: Tensor) -> Tensor:
-        chosen = scores > threshold
-        return (chosen | best_of_empty(chosen, scores, groups, rank)).to(scores.dtype)
-    low, high = torch.zeros_like(rank[0]), torch.full_like(rank[0], len(ordered) - 1)
-    for _ in range(len(ordered).bit_length()):
+    distinct = without_ties(scores)
+    distinct = distinct.masked_fill(best_of_groups(distinct, groups), math.inf)
+    first, second = class_pairs(len(scores), scores.device)
+    pairs = torch.maximum(distinct[first], distinct[second])
+    step = -(-distinct.numel() // SAMPLE)
+    while math.gcd(step, distinct.shape[1]) > 1: step += 1          # so that every unit has its turn
+    ordered = distinct.flatten()[::step].sort(descending=True).values
+    low = torch.zeros((), dtype=torch.long, device=scores.device)
+    high = low + len(ordered)
+    for _ in range(len(ordered).bit_length()):      # the first `low` fit, the first `high` may not
         middle = (low + high + 1) // 2
-        cost = costs.fraction(two_class_sets(opened(ordered.take(middle)))).mean()
-        low = torch.where(cost <= fraction, middle, low)
-        high = torch.where(cost <= fraction, high, middle - 1)
-    return opened(ordered.take(low))         # `ordered[low]` would wait for the device
+        kept = (pairs >= ordered.take(middle - 1)).to(scores.dtype)
+        fits = costs.fraction(F.pad(kept, (0, 1), value=1.)).mean() <= fraction
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+    threshold = ordered.take((low - 1).clamp_min(0))                # `ordered[low]` would wait
+    return (distinct >= threshold).to(scores.dtype)
 
+# %% ../../nbs/05_methods/09_composable.ipynb #25ca6695
 def check_target(
-    name: str, # of the target
+    name: str, # of the setting
     target: float, # fraction of the network's cost that two classes keep on average
     costs: CostTable, # of the network
     groups: Tensor, # (units,), from 0
@@ -236,13 +203,32 @@ def check_target(
     raise WrongValue(f'{name}={target:g} is less than what has to stay costs; the smallest possible is '
                      f'{smallest:.2g}')
 
+# %% ../../nbs/05_methods/09_composable.ipynb #87e3c8e0
+@patch
+@torch.no_grad()
+def set_gates(self: ClassGates,
+    separation: float, # gamma, at least 0
+    targets: Tensor, # (classes,), or (1,) for all: fraction of the cost that two classes keep, in (0, 1]
+) -> None:
+    "Open the gates whose scores are highest, for what they cost."
+    scores = self.relative(separation) * self.balance[:, None]
+    self.gates.copy_(open_gates(scores, self.costs, self.groups, float(targets.mean())))
+    if len(targets) == 1: return
+    pairs = class_pairs(len(self.gates), self.gates.device)
+    found = self.costs.fraction(module_masks(self.gates))
+    wanted = targets.to(found)[pairs].mean(0)
+    sums = found.new_zeros(2, len(self.balance))
+    for cost, total in zip((found, wanted), sums): total.index_add_(0, pairs.flatten(), cost.repeat(2))
+    self.balance.mul_(((sums[1] + 1e-9) / (sums[0] + 1e-9)).sqrt()).clamp_(1e-6, 1e6)
+
 # %% ../../nbs/05_methods/09_composable.ipynb #a7482367
 @dataclass(frozen=True)
 class Composable(Method, name='composable'):
     "Class gates and random target sets: modules that work as they are cut."
-    target_krr: float = 0.15    # fraction of kernels that a class's module keeps, above 0, at most 1
-    target_params: float | None = None  # instead: fraction of parameters that two classes keep, likewise
-    target_flops: float | None = None   # instead: fraction of operations that two classes keep, likewise
+    target_flops: float | dict[str, float] | None = None    # fraction of operations that two classes keep
+    target_params: float | dict[str, float] | None = None   # instead: fraction of parameters
+    target_krr: float | dict[str, float] | None = None      # instead: fraction of kernels
+    target_latency: float | dict[str, float] | None = None  # instead: fraction of seconds, on this machine
     separation: float = 1.0     # how strongly classes avoid each other's kernels, at least 0
     full_fraction: float = 0.3  # of samples that train the full model at the end; 1 at the start
     close_from: float = 0.1     # fraction of the run after which gates begin to close, 0 to 1
@@ -257,10 +243,7 @@ class Composable(Method, name='composable'):
         full='full_fraction', start='close_from', end='closed_by', memory='decay', twice='two_roles')
 
     def __post_init__(self) -> None:
-        check_range('target_krr', self.target_krr, 0, 1, open_low=True)
-        for name, target in self.targets_of_cost().items(): check_range(name, target, 0, 1, open_low=True)
-        if len(self.targets_of_cost()) > 1:
-            raise WrongValue('target_params and target_flops cannot both be met; give one of them')
+        self.check_targets()
         check_range('separation', self.separation, 0)
         check_range('full_fraction', self.full_fraction, 0, 1)
         check_range('close_from', self.close_from, 0, 1)
@@ -276,11 +259,39 @@ class Composable(Method, name='composable'):
         own_numbers_(self)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #2dbc5158
+USUAL = 'target_flops', 0.15        # where the user names no target
+
 @patch
-def targets_of_cost(self: Composable) -> dict[str, float]: # empty: kernels are counted
-    "The targets that the user gave in place of `target_krr`."
-    given = dict(target_params=self.target_params, target_flops=self.target_flops)
-    return {name: target for name, target in given.items() if target is not None}
+def target(self: Composable) -> tuple[str, float | dict[str, float]]: # name of the setting, its value
+    "What modules of two classes may cost."
+    given = {f'target_{what}': getattr(self, f'target_{what}') for what in COUNTED}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise WrongValue(f"{' and '.join(given)} cannot both be met; give one of them")
+    return next(iter(given.items()), USUAL)
+
+@patch
+def check_targets(self: Composable) -> None:
+    "Raises `ValueError` for two targets, and for what is no fraction."
+    name, value = self.target()
+    if not isinstance(value, dict): return check_range(name, value, 0, 1, open_low=True)
+    if not value: raise WrongValue(f'{name} must have a fraction for each class, not none')
+    for key, fraction in value.items(): check_range(f'{name}[{key!r}]', fraction, 0, 1, open_low=True)
+    object.__setattr__(self, name, {str(key): float(fraction) for key, fraction in value.items()})
+
+@patch
+def goals(self: Composable,
+    model: nn.Module, # a `ModularModel`
+) -> Tensor: # (classes,), or (1,) for all: fraction of the cost that two classes keep
+    "The targets in the order of the classes. Raises `ValueError` for a class without one."
+    name, value = self.target()
+    if not isinstance(value, dict): return torch.tensor([value])
+    names = list(model.classes)
+    if set(value) != set(names): names = [str(i) for i in range(model.n_classes)]
+    if set(value) == set(names): return torch.tensor([value[n] for n in names])
+    names = list(model.classes)
+    for said, wrong in (('no fraction for', set(names) - set(value)), ('no class', set(value) - set(names))):
+        if wrong: raise WrongValue(f'{name}: {said} {sorted(wrong)[0]!r}; give one for each of {names}')
 
 # %% ../../nbs/05_methods/09_composable.ipynb #570576bb
 @patch
@@ -291,11 +302,12 @@ def choose(self: Composable, channels: ChannelMap) -> ChannelMap:
 def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: int,
            example: Tensor) -> Masks:
     unit_of_channel, kernels, groups = number_units(channels)
-    costs = None
-    for name, target in self.targets_of_cost().items():
-        costs = cost_table(net, channels, unit_of_channel, example, name.removeprefix('target_'))
-        check_target(name, target, costs, groups)
-    gates = ClassGates(n_classes, kernels, groups, costs)
+    name, target = self.target()
+    costs = cost_table(net, channels, unit_of_channel, example, name.removeprefix('target_'))
+    uneven = isinstance(target, dict)
+    least = min(target.values()) if uneven else target
+    if (name, target) != USUAL: check_target(name, least, costs, groups)
+    gates = ClassGates(n_classes, kernels, groups, costs, uneven)
     statistics = SetStatistics(net, example) if self.dense else None
     return SharedMasks(net, channels, unit_of_channel, gates, statistics)
 
@@ -309,14 +321,12 @@ def kernels_of_classes(self: Composable, model: nn.Module) -> Tensor: # (classes
 
 # %% ../../nbs/05_methods/09_composable.ipynb #4e1a2d7a
 @patch
-def open_fraction(self: Composable,
+def way_left(self: Composable,
     progress: float, # fraction of the run that is done, 0 to 1
-) -> float: # in (0, 1]
-    "The fraction of kernels that gates leave open at some point of the run."
+) -> float: # from 1 to 0
+    "The fraction of the way from a whole network to the target that is left."
     left = (self.closed_by - progress) / max(self.closed_by - self.close_from, 1e-9)
-    left = min(1., max(0., left))
-    [target] = self.targets_of_cost().values() or [self.target_krr]
-    return target + (1 - target) * left**3
+    return min(1., max(0., left))**3
 
 @patch
 def ready(self: Composable, progress: float) -> bool:
@@ -390,7 +400,5 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     if gates.mask is None: return
     gates.observe(labels[:len(gates.mask)], self.decay)
     if step % SET_EVERY and not self.ready(progress): return
-    scores, fraction = gates.relative(self.separation), self.open_fraction(progress)
-    if gates.costs is None: found = open_gates(scores, gates.kernels, gates.groups, fraction)
-    else: found = open_to_cost(scores, gates.costs, gates.groups, fraction)
-    gates.gates.copy_(found)
+    goals, left = self.goals(model), self.way_left(progress)
+    gates.set_gates(self.separation, goals + (1 - goals) * left)
