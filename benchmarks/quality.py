@@ -15,8 +15,10 @@ stopped benchmark is resumed by the same command, and several may work side by s
 --seeds 1, ...).
 """
 from __future__ import annotations
-import argparse, itertools, json, random, statistics, sys, time
-from dataclasses import dataclass, fields
+import argparse, itertools, json, math, random, statistics, sys, time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,17 @@ sys.path.insert(0, str(HERE.parent))        # runs from a plain checkout
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from mwt.core.nets import evaluating
-from mwt.methods.modular import ModularModel, modularize
+from mwt.core.timing import time_in_turns
+from mwt.methods.modular import ModularModel, modularize, plain
 from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.modules.parts import Parts
 from mwt.modules.decompose import decompose
+from mwt.modules.module import as_module
 from mwt.modules.extract import extract
+from mwt.modules.speed import fold_norms
 from mwt.methods.base import METHODS, Method, make_method
-from mwt.methods.composable import Composable, draw_targets, random_sets
 from mwt.measure import count_flops, count_params, evaluate
 from mwt.modules.modularity import jaccard_coupling
 from mwt.networks import create_model
@@ -45,62 +48,24 @@ from results import FOLDER, figure, read
 
 RESULTS = FOLDER/'quality.jsonl'
 RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
+NETWORKS = ['simcnn:0.375', 'resnet18:0.25']
+BOTH = ['plain', 'composable']
 PRESETS: dict[str, dict[str, Any]] = {
-    'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['plain', 'composable'],
-                epochs=10, batch=64, fives=20),
-    'quick': dict(networks=['simcnn:0.1'], methods=['plain', 'composable'], epochs=1, batch=128, fives=2),
-    'mwt': dict(networks=['simcnn:0.375', 'resnet18:0.25'], methods=['mwt'], epochs=10, batch=64, fives=20),
-    'ablation': dict(networks=['simcnn:0.125'], epochs=5, batch=64, fives=20, methods=[
-        'plain', 'composable', 'composable,twice=0', 'composable,twice=0,full=1',
-        'composable,twice=0,full=0', 'uniform,twice=0', 'distilled,twice=0', 'both,twice=0',
-        'composable,twice=0,separation=0', 'composable,twice=0,separation=3',
-        'composable,twice=0,end=0.9,start=0.5', 'composable,twice=0,memory=0.9',
-        'plain,weight_decay=0', 'composable,twice=0,weight_decay=0']),
+    'cpu': dict(networks=NETWORKS, methods=BOTH, epochs=10),
+    'quick': dict(networks=['simcnn:0.1'], methods=BOTH, epochs=1, batch=128, fives=2),
+    'mwt': dict(networks=NETWORKS, methods=['mwt'], epochs=10),
+    'kernels': dict(networks=NETWORKS, methods=['composable,dense=0', 'composable,target_krr=0.27'], epochs=10),
+    'width': dict(networks=[f'{name}:{width}' for width in (.25, .5, 1) for name in ('simcnn', 'resnet18')],
+                  methods=BOTH, epochs=10, size=16),
+    'deep': dict(networks=['resnet44:1', 'mobilenet_v2:0.5'], methods=BOTH, epochs=10),
+    'ablation': dict(networks=['simcnn:0.125'], epochs=5, methods=[
+        'plain', 'composable', 'composable,dense=0', 'composable,set_fraction=0.25',
+        'composable,set_fraction=1', 'composable,distill=0', 'composable,distill=1',
+        'composable,separation=0', 'composable,separation=3', 'composable,closed_by=0.5',
+        'composable,full_fraction=0', 'composable,target_krr=0.27', 'composable,target_params=0.07']),
     'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'],
-                methods=['plain', 'composable', 'mwt'], epochs=200, batch=512, fives=20)}
-
-
-@dataclass(frozen=True)
-class Uniform(Composable, name='uniform'):
-    "For the ablation: sizes of target sets are equally likely."
-    def targets(self, labels: Tensor, n_classes: int, progress: float) -> Tensor:
-        size = torch.randint(2, n_classes + 1, labels.shape, device=labels.device)
-        if not (self.two_roles and self.ready(progress)):
-            full = 1 - (1 - self.full_fraction) * progress
-            size = size.masked_fill(torch.rand_like(size, dtype=torch.float) < full, n_classes)
-        return random_sets(labels, size, n_classes)
-
-
-@dataclass(frozen=True)
-class Distilled(Composable, name='distilled'):
-    "For the ablation: samples of small target sets also learn from the full model's answers; a second pass."
-    def training_loss(self, model: ModularModel, images: Tensor, labels: Tensor,
-                      progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        with evaluating(model): teacher = model(images).float()
-        targets = self.targets(labels, model.n_classes, progress)
-        model.masks.gates.learning = not self.ready(progress)
-        logits = model(images, targets).float().masked_fill(~targets, -1e4)
-        answers = teacher.masked_fill(~targets, -1e4).softmax(1)
-        soft = F.cross_entropy(logits, answers, reduction='none')
-        hard = F.cross_entropy(logits, labels, reduction='none')
-        loss = torch.where(targets.all(1), hard, (hard + soft) / 2).mean()
-        return loss, dict(cross_entropy=hard.mean().detach())
-
-
-@dataclass(frozen=True)
-class Both(Composable, name='both'):
-    "For the ablation: every image trains all classes and a random target set; twice the work."
-    def training_loss(self, model: ModularModel, images: Tensor, labels: Tensor,
-                      progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        small = draw_targets(labels, model.n_classes, 0)
-        targets, images = torch.cat([torch.ones_like(small), small]), torch.cat([images, images])
-        model.masks.gates.learning = not self.ready(progress)
-        logits = model(images, targets).float().masked_fill(~targets, -1e4)
-        loss = F.cross_entropy(logits, torch.cat([labels, labels]))
-        return 2 * loss, dict(cross_entropy=loss.detach())
-
-    def after_backward(self, model: ModularModel, labels: Tensor, progress: float, step: int = 0) -> None:
-        super().after_backward(model, torch.cat([labels, labels]), progress, step)
+                methods=['plain', 'composable', 'mwt'], epochs=200, batch=512)}
+USUAL: dict[str, Any] = dict(batch=64, fives=20, size=None)
 
 
 def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` for a plain network
@@ -109,7 +74,7 @@ def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` f
     if name != 'plain' and name not in METHODS:
         raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(METHODS)}")
     given: dict[str, Any] = {k: float(v) for k, v in (c.split('=') for c in changes)}
-    for switch in ('amp', 'dense', 'twice', 'two_roles'):       # the last two: an old name and a new one
+    for switch in ('amp', 'dense', 'two_roles'):
         if switch in given: given[switch] = bool(given[switch])
     recipe = {f.name: given.pop(f.name) for f in fields(TrainConfig) if f.name in given}
     return (None if name == 'plain' else make_method(name, **given)), RECIPE | recipe
@@ -141,50 +106,83 @@ def judge_sets(
     return {k: statistics.mean(f[k] for f in found) for k in found[0]}
 
 
+def class_sets(
+    n: int, # classes
+    size: int, # of a set
+    most: int, # sets
+) -> list[list[int]]:
+    "All sets of one or two classes where they are few, else random ones, the same in every run."
+    if size == n: return [list(range(n))]
+    if size <= 2 and math.comb(n, size) <= 45: return list(map(list, itertools.combinations(range(n), size)))
+    return [sorted(random.Random(i).sample(range(n), size)) for i in range(most)]
+
+
+def latencies(
+    model: ModularModel, # a trained one
+    parts: Parts, # what it was taken apart into
+    data: ImageData, # for its shape
+    sets: Sequence[Sequence[int]], # of classes
+) -> dict[str, float]: # for 1 and 32 images: seconds of the modules over those of the full network
+    "How long modules take, with folded norms and channels-last."
+    found: dict[str, float] = {}
+    full = fold_norms(as_module(plain(model), data.classes, data.shape))
+    modules = [extract(model, parts, rows, fuse=True) for rows in sets]
+    nets = [net.eval().to(memory_format=torch.channels_last) for net in (full, *modules)]
+    for batch, rounds in ((1, 60), (32, 9)):
+        x = torch.rand(batch, *data.shape, device=data.device).to(memory_format=torch.channels_last)
+        calls = {str(i): partial(net, x) for i, net in enumerate(nets)}
+        with torch.no_grad(): times = time_in_turns(calls, data.device, rounds)
+        ratios = [t['ratio'] for t in list(times.values())[1:]]
+        found[f'latency_2_{batch}'] = statistics.mean(ratios)
+    return found
+
+
+SIZES = 1, 2, 5, 10, 50         # of target sets
+
 def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: ImageData) -> dict[str, Any]:
     "Train and judge one network."
     name, width = network.split(':')
-    (masks, recipe), start = settings_of(method), time.perf_counter()
+    (masks, recipe), start, cpu = settings_of(method), time.perf_counter(), time.process_time()
     model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
     if masks:
         image = torch.zeros(1, *data.shape)
         model = modularize(model, data.n_classes, masks, example_input=image, seed=seed)
     history = fit(model, data, a.epochs, seed=seed, device=data.device,
                   show_progress=a.show_progress, **recipe)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     net = model.net if masks else model
-    result = dict(train_seconds=seconds, params=count_params(net),
+    result = dict(train_seconds=seconds, cpu_seconds=cpu, params=count_params(net),
                   valid=history.series('valid_accuracy')[history.best_epoch - 1],
                   full=evaluate(model, data.test))
     if masks:
         parts = decompose(model, data.train, show_progress=False)
-        n = data.n_classes
-        logits = logits_of(model, data)
-        pairs = list(map(list, itertools.combinations(range(n), 2)))
-        fives = [sorted(random.Random(i).sample(range(n), 5)) for i in range(a.fives)]
+        n, logits = data.n_classes, logits_of(model, data)
         result |= dict(krr=parts.kept.double().mean().item(),
                        coupling=jaccard_coupling(parts.kept).mean().item(),
                        cohesion=parts.cohesion.mean().item())
-        for size, sets in ((1, [[i] for i in range(n)]), (2, pairs), (5, fives), (n, [list(range(n))])):
+        for size in sorted({size for size in SIZES if size < n} | {n}):
+            sets = class_sets(n, size, a.fives)
             result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
+        result |= latencies(model, parts, data, class_sets(n, 2, 45)[::9])
     return result | dict(seconds=time.perf_counter() - start)
 
 
 def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[str, Any]:
     "What tells runs apart."
     about = dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch)
+    if a.size: about['size'] = a.size
     return about | dict(data=Path(a.data).name) | settings_of(method)[1]
 
 
 def run(a: argparse.Namespace) -> None:
-    preset = PRESETS[a.preset]
+    preset = USUAL | PRESETS[a.preset]
     for k, v in preset.items():
         if getattr(a, k) is None: setattr(a, k, v)
     if a.threads: torch.set_num_threads(a.threads)
-    data = image_data(a.data, root=a.root, batch_size=a.batch, device=a.device)
+    data = image_data(a.data, root=a.root, batch_size=a.batch, size=a.size, device=a.device)
     for seed, network, method in itertools.product(a.seeds, a.networks, a.methods):
         key = key_of(a, network, method, seed)
-        if any(all(r[k] == v for k, v in key.items()) for r in read(a.results)): continue
+        if any(all(r.get(k) == v for k, v in key.items()) for r in read(a.results)): continue
         result = one_run(a, network, method, seed, data)
         line = json.dumps(key | result | dict(threads=torch.get_num_threads(), **environment(data.device)))
         with a.results.open('a') as f: f.write(line + '\n')
@@ -192,25 +190,40 @@ def run(a: argparse.Namespace) -> None:
 
 
 COLUMNS = [('full', 'full'), ('KRR', 'krr'),
-           ('2 classes', 'accuracy_2'), ('5', 'accuracy_5'), ('10', 'accuracy_10'),
+           ('2 classes', 'accuracy_2'), ('5', 'accuracy_5'), ('10', 'accuracy_10'), ('50', 'accuracy_50'),
            ('full on the 2', 'full_2'), ('on the 5', 'full_5'),
-           ('parameters 2', 'params_2'), ('5', 'params_5'), ('10', 'params_10')]
+           ('parameters 2', 'params_2'), ('5', 'params_5'), ('10', 'params_10'),
+           ('FLOPs 2', 'flops_2'), ('latency 2, batch 1', 'latency_2_1'), ('batch 32', 'latency_2_32')]
+ABOUT = 'data', 'size', 'network', 'epochs', 'batch', 'method'
+
+
+def time_over_plain(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    "Seconds of processor time in training over those of the plain runs on the same machine."
+    same = [*ABOUT[:-1], 'device']
+    ratios = []
+    for r in runs:
+        plains = [p['cpu_seconds'] for p in rows if p['method'] == 'plain' and 'cpu_seconds' in p
+                  and all(p.get(k) == r.get(k) for k in same)]
+        if plains and 'cpu_seconds' in r: ratios.append(r['cpu_seconds'] / statistics.mean(plains))
+    return f'{statistics.mean(ratios):.2f}' if ratios else '-'
 
 
 def table(path: Path) -> str:
     "Mean and spread over seeds, in percent; and what the preset for GPUs has in store."
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for r in read(path): groups.setdefault((r['network'], r['epochs'], r['batch'], r['method']), []).append(r)
-    head = ['network', 'epochs', 'batch', 'method', 'seeds', *(c[0] for c in COLUMNS)]
+    rows = read(path)
+    for r in rows: groups.setdefault(tuple(r.get(k) for k in ABOUT), []).append(r)
+    head = [*ABOUT, 'seeds', *(c[0] for c in COLUMNS), 'time over plain']
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-    for (network, epochs, batch, method), runs in sorted(groups.items()):
-        cells = [network, str(epochs), str(batch), method.replace(',', ', '), str(len(runs))]
-        cells += [figure(runs, k) for _, k in COLUMNS]
+    for about, runs in sorted(groups.items(), key=lambda group: [str(k) for k in group[0]]):
+        cells = [str(k or '-').replace(',', ', ') for k in about] + [str(len(runs))]
+        cells += [figure(runs, k) for _, k in COLUMNS] + [time_over_plain(runs, rows)]
         lines.append('| ' + ' | '.join(cells) + ' |')
-    gpu = PRESETS['gpu']
+    gpu = USUAL | PRESETS['gpu']
     planned = itertools.product(gpu['networks'], [gpu['epochs']], [gpu['batch']], gpu['methods'])
-    missing = [m for m in planned if m not in groups]
-    lines += ['| ' + ' | '.join([*map(str, m), '0', *['not run'] * len(COLUMNS)]) + ' |' for m in missing]
+    missing = [m for m in planned if m not in {group[2:] for group in groups}]
+    absent = ['not run'] * (len(COLUMNS) + 1)
+    lines += ['| ' + ' | '.join(['-', '-', *map(str, m), '0', *absent]) + ' |' for m in missing]
     return '\n'.join(lines)
 
 
@@ -226,7 +239,7 @@ def main() -> None:
                    help='plain, composable, mwt, or with settings, of the method or of the recipe: '
                         'composable,full_fraction=0.5')
     r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    for name in ('epochs', 'batch', 'fives'): r.add_argument(f'--{name}', type=int)
+    for name in ('epochs', 'batch', 'fives', 'size'): r.add_argument(f'--{name}', type=int)
     r.add_argument('--device', default=None)
     r.add_argument('--threads', type=int, default=0)
     r.add_argument('--show-progress', action='store_true', help='progress bars')

@@ -16,9 +16,9 @@ def call(name, *words):
 
 
 @pytest.mark.parametrize('methods', [
-    ['plain,amp=0', 'composable,amp=0,full=0.5,weight_decay=0'],
-    pytest.param(['plain', 'composable', 'uniform', 'distilled', 'both'], marks=pytest.mark.slow)],
-    ids=['float32', 'ablation'])
+    ['plain,amp=0', 'composable,amp=0,full_fraction=0.5,weight_decay=0'],
+    pytest.param(['plain', 'composable', 'composable,dense=0', 'mwt'], marks=pytest.mark.slow)],
+    ids=['float32', 'methods'])
 def test_quality(methods, tmp_path):
     images, results = unpack_sample(tmp_path), tmp_path/'quality.jsonl'
     run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick',
@@ -28,12 +28,13 @@ def test_quality(methods, tmp_path):
     plain, *modular = [json.loads(line) for line in results.read_text().splitlines()]
     assert [plain['method'], *(r['method'] for r in modular)] == methods
     assert [r['weight_decay'] for r in modular] == [0 if 'weight_decay=0' in m else 5e-4 for m in methods[1:]]
-    assert all(r['accuracy_10'] == r['full'] for r in modular)
+    assert all(r['accuracy_10'] == r['full'] for r in modular if 'dense=0' in r['method'])
+    assert all(r['latency_2_1'] > 0 and r['cpu_seconds'] > 0 for r in modular)
     assert all(0 < r['params_2'] < r['params_5'] < r['params_10'] < 1 for r in modular)
     said = call('quality', 'table', '--results', results)
     assert said.count('\n') == len(methods) + 2 + 9
     assert said.count('| 0 | not run |') == 9, 'rows for a GPU stay until they are run'
-    assert '| simcnn:0.05 | 1 | 128 | composable' in said
+    assert '| simcnn:0.05 | 1 | 128 | composable' in said and '| 1.00 |' in said, 'plain over plain'
 
 
 SPEED = ['losses', *(pytest.param(name, marks=pytest.mark.slow) for name in (

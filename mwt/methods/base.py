@@ -107,6 +107,7 @@ class Method:
     "What makes a network modular. Subclass it as a frozen dataclass; its name works everywhere."
     name: ClassVar[str] = ''                        # as users and files call it
     renamed: ClassVar[dict[str, str]] = {}          # settings that had another name once -> today's
+    before: ClassVar[dict[str, Any]] = {}           # what settings that came later were at that time
 
     def __init_subclass__(cls, name: str = '', **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -203,6 +204,7 @@ def make_method(
     check_choice('method', method, list(METHODS))
     kind = METHODS[method]
     known = [f.name for f in fields(kind)]
+    if kind.renamed.keys() & settings.keys(): settings = kind.before | settings
     settings = {kind.renamed.get(k, k): v for k, v in settings.items()}
     for name in settings:
         if name in known: continue

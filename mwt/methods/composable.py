@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -225,22 +225,23 @@ def set_gates(self: ClassGates,
 @dataclass(frozen=True)
 class Composable(Method, name='composable'):
     "Class gates and random target sets: modules that work as they are cut."
-    target_flops: float | dict[str, float] | None = None    # fraction of operations that two classes keep
-    target_params: float | dict[str, float] | None = None   # instead: fraction of parameters
-    target_krr: float | dict[str, float] | None = None      # instead: fraction of kernels
-    target_latency: float | dict[str, float] | None = None  # instead: fraction of seconds, on this machine
+    target_flops: float | dict[str, float] | None = None    # of operations that two classes keep, usually 0.15
+    target_params: float | dict[str, float] | None = None   # instead: of parameters
+    target_krr: float | dict[str, float] | None = None      # instead: of kernels
+    target_latency: float | dict[str, float] | None = None  # instead: of seconds, measured on this machine
     separation: float = 1.0     # how strongly classes avoid each other's kernels, at least 0
-    full_fraction: float = 0.3  # of samples that train the full model at the end; 1 at the start
+    full_fraction: float = 0.3  # of samples whose target set is all classes
     close_from: float = 0.1     # fraction of the run after which gates begin to close, 0 to 1
-    closed_by: float = 0.5      # fraction of the run after which they are frozen, from `close_from`
+    closed_by: float = 0.3      # fraction of the run after which they are frozen, from `close_from`
     decay: float = 0.995        # of the running mean of squared gradients, 0 to below 1
-    two_roles: bool = True      # with frozen gates each image trains full model and target set
-    dense: bool = False         # the full model keeps all kernels; target sets are trained inside it
-    set_fraction: float = 0.5   # of each batch that trains target sets too (dense), above 0, at most 1
-    distill: float = 0.5        # share of the full model's answer in what sets learn (dense), 0 to 1
+    dense: bool = True          # the full model keeps all kernels; target sets are trained inside it
+    set_fraction: float = 0.5   # dense: of each batch that trains target sets too, above 0, at most 1
+    distill: float = 0.5        # dense: share of the full model's answer in what sets learn, 0 to 1
+    two_roles: bool = True      # not dense: with frozen gates each image trains full model and target set
     skip_first: bool = False    # leave the first convolution unmasked
     renamed: ClassVar[dict[str, str]] = dict(
         full='full_fraction', start='close_from', end='closed_by', memory='decay', twice='two_roles')
+    before: ClassVar[dict[str, Any]] = dict(dense=False)
 
     def __post_init__(self) -> None:
         self.check_targets()

@@ -108,7 +108,7 @@ def _kind(
     option: Option, # what the definition says
 ) -> dict[str, Any]: # arguments of `add_argument`
     "How the words of an option are read."
-    plain = option.type.replace(' | None', '')
+    plain = option.type.split(' | ')[0]       # a number may also be a dictionary, or left out
     if plain == 'bool' and option.default is False: return dict(action='store_true')
     if plain == 'bool': return dict(action=argparse.BooleanOptionalAction)
     if plain.startswith('Literal'):
