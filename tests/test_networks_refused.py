@@ -568,16 +568,18 @@ def test_filter_sees_all_names() -> None:
         assert 'conv' not in model.kernels and 'conv2' in model.kernels
 
 
-def test_smaller_model_under_two_names() -> None:
-    model = modularize(Encoder(), 4, example_input=X).eval()
+@pytest.mark.parametrize('dense', [False, True])
+def test_smaller_model_under_two_names(dense: bool) -> None:
+    model = modularize(Encoder(), 4, example_input=X, dense=dense).eval()
     gates = model.masks.gates.gates
     with torch.no_grad():
         gates[:, ::2] = 0
     small, origins = model.smaller()
-    x = torch.randn(2, 3, 16, 16)
+    x, targets = torch.randn(2, 3, 16, 16), torch.ones(2, 4, dtype=torch.bool)
     with torch.no_grad():
-        torch.testing.assert_close(small.eval()(x), model(x))
-    assert {'net.body.0.weight', 'net.conv.weight'} <= origins.keys()
+        torch.testing.assert_close(small.eval()(x, targets), model(x, targets))
+    if dense: origins = {f'net.{name}' for name in small.masks.inner.grids}
+    assert {'net.body.0.weight', 'net.conv.weight'} <= set(origins)
 
 
 def test_shared_norm(tmp_path: Path) -> None:

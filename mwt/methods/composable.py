@@ -373,6 +373,15 @@ def set_distance(
     wanted = teacher.detach().float().masked_fill(~targets, float('-inf')).softmax(1)
     return -(wanted * answers.log_softmax(1).masked_fill(~targets, 0.)).sum(1).mean()
 
+def even_choice(
+    n: int, # images of a batch
+    fraction: float, # of them, above 0, at most 1
+    device: torch.device, # where they are
+) -> Tensor: # numbers of images, at least two: norms need two
+    "Images spread over a batch, so that the halves of a batch have their share as well."
+    chosen = min(n, max(2, math.ceil(fraction * n)))
+    return torch.arange(chosen, device=device) * n // chosen
+
 @patch
 def dense_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor,
                progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -383,11 +392,12 @@ def dense_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tenso
     loss, logged = cross_entropy(logits, labels)
     logged |= dict(krr=gates.krr)
     if progress < self.close_from: return loss, logged
-    n = math.ceil(self.set_fraction * len(labels))
-    targets = self.targets(labels[:n], model.n_classes, progress)
-    answers = model(images[:n], targets).float().masked_fill(~targets, float('-inf'))
-    hard = F.cross_entropy(answers, labels[:n])
-    soft = set_distance(answers, logits[:n], targets)
+    rows = even_choice(len(labels), self.set_fraction, labels.device)
+    labels, images, logits = labels[rows], images[rows], logits[rows]
+    targets = self.targets(labels, model.n_classes, progress)
+    answers = model(images, targets).float().masked_fill(~targets, float('-inf'))
+    hard = F.cross_entropy(answers, labels)
+    soft = set_distance(answers, logits, targets)
     return loss + (1 - self.distill) * hard + self.distill * soft, logged
 
 # %% ../../nbs/05_methods/09_composable.ipynb #676dff54
@@ -399,7 +409,8 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     "Learn from the gradient of a step, and set the gates from time to time."
     gates = model.masks.gates
     if gates.mask is None: return
-    gates.observe(labels[:len(gates.mask)], self.decay)
+    if self.dense: labels = labels[even_choice(len(labels), self.set_fraction, labels.device)]
+    gates.observe(labels, self.decay)
     if step % SET_EVERY and not self.ready(progress): return
     goals, left = self.goals(model), self.way_left(progress)
     gates.set_gates(self.separation, goals + (1 - goals) * left)
