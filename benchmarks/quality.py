@@ -158,6 +158,7 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
         parts = decompose(model, data.train, show_progress=False)
         n, logits = data.n_classes, logits_of(model, data)
         result |= dict(krr=parts.kept.double().mean().item(),
+                       opened=parts.kept.any(0).double().mean().item(),
                        coupling=jaccard_coupling(parts.kept).mean().item(),
                        cohesion=parts.cohesion.mean().item())
         for size in sorted({size for size in SIZES if size < n} | {n}):
