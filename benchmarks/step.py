@@ -55,7 +55,7 @@ def close_gates(model: ModularModel) -> float: # share of the kernels that some 
     own = torch.randn(N_CLASSES, gates.n_units)
     scores = torch.exp(1.2 * shared + 1.2 * own).to(gates.scores)
     scores = scores / gates.costs.price(module_masks(gates.gates)).mean(0)
-    gates.gates.copy_(open_gates(scores, gates.costs, gates.groups, float(model.method.goals(model).mean())))
+    gates.gates.copy_(open_gates(scores, gates.costs, gates.groups, model.method.goals(model)[0]))
     return ((gates.gates.amax(0) * gates.kernels).sum() / gates.kernels.sum()).item()
 
 

@@ -63,6 +63,7 @@ def cost(self: CostTable,
     kept: Tensor, # (sets, units + 1), 1 for units that a network keeps; the last is 1
 ) -> Tensor: # (sets,)
     "What a network with some units costs."
+    kept = kept.to(self.writes)
     outputs = kept @ self.writes
     return (kept @ self.reads * outputs) @ self.each + outputs @ self.once + self.rest
 
@@ -78,6 +79,7 @@ def price(self: CostTable,
     kept: Tensor, # (sets, units + 1), 1 for units that a network keeps; the last is 1
 ) -> Tensor: # (sets, units), at least 0
     "What one unit more, or less, costs next to those that are kept: the gradient of `cost`."
+    kept = kept.to(self.writes)
     inputs, outputs = kept @ self.reads, kept @ self.writes
     found = (outputs * self.each) @ self.reads.T + (inputs * self.each + self.once) @ self.writes.T
     return found[:, :-1]

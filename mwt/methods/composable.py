@@ -5,6 +5,7 @@
 # %% ../../nbs/05_methods/09_composable.ipynb #47e1ff91
 from __future__ import annotations
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 import torch
@@ -125,11 +126,11 @@ def class_pairs(
     return pairs[:, ::-(-pairs.shape[1] // MOST_PAIRS)]
 
 def module_masks(
-    gates: Tensor, # (classes, units), 0 or 1, or whether gates are open
+    gates: Tensor, # (classes, units), 0 or 1
 ) -> Tensor: # (pairs, units + 1), 0 or 1; the last is 1
     "What modules of two classes keep."
     first, second = class_pairs(len(gates), gates.device)
-    return F.pad(torch.maximum(gates[first], gates[second]).float(), (0, 1), value=1.)
+    return F.pad(torch.maximum(gates[first], gates[second]), (0, 1), value=1.)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #c7a8e369
 def tie_rank(
@@ -208,15 +209,15 @@ def check_target(
 @torch.no_grad()
 def set_gates(self: ClassGates,
     separation: float, # gamma, at least 0
-    targets: Tensor, # (classes,), or (1,) for all: fraction of the cost that two classes keep, in (0, 1]
+    targets: Sequence[float], # one for each class, or one: what two classes keep of the cost, in (0, 1]
 ) -> None:
     "Open the gates whose scores are highest, for what they cost."
     scores = self.relative(separation) * self.balance[:, None]
-    self.gates.copy_(open_gates(scores, self.costs, self.groups, float(targets.mean())))
+    self.gates.copy_(open_gates(scores, self.costs, self.groups, sum(targets) / len(targets)))
     if len(targets) == 1: return
     pairs = class_pairs(len(self.gates), self.gates.device)
     found = self.costs.fraction(module_masks(self.gates))
-    wanted = targets.to(found)[pairs].mean(0)
+    wanted = torch.tensor(targets).to(found)[pairs].mean(0)
     sums = found.new_zeros(2, len(self.balance))
     for cost, total in zip((found, wanted), sums): total.index_add_(0, pairs.flatten(), cost.repeat(2))
     self.balance.mul_(((sums[1] + 1e-9) / (sums[0] + 1e-9)).sqrt()).clamp_(1e-6, 1e6)
@@ -283,13 +284,13 @@ def check_targets(self: Composable) -> None:
 @patch
 def goals(self: Composable,
     model: nn.Module, # a `ModularModel`
-) -> Tensor: # (classes,), or (1,) for all: fraction of the cost that two classes keep
+) -> list[float]: # one for each class, or one: what two classes keep of the cost
     "The targets in the order of the classes. Raises `ValueError` for a class without one."
     name, value = self.target()
-    if not isinstance(value, dict): return torch.tensor([value])
+    if not isinstance(value, dict): return [value]
     names = list(model.classes)
     if set(value) != set(names): names = [str(i) for i in range(model.n_classes)]
-    if set(value) == set(names): return torch.tensor([value[n] for n in names])
+    if set(value) == set(names): return [value[n] for n in names]
     names = list(model.classes)
     for said, wrong in (('no fraction for', set(names) - set(value)), ('no class', set(value) - set(names))):
         if wrong: raise WrongValue(f'{name}: {said} {sorted(wrong)[0]!r}; give one for each of {names}')
@@ -412,5 +413,5 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     if self.dense: labels = labels[even_choice(len(labels), self.set_fraction, labels.device)]
     gates.observe(labels, self.decay)
     if step % SET_EVERY and not self.ready(progress): return
-    goals, left = self.goals(model), self.way_left(progress)
-    gates.set_gates(self.separation, goals + (1 - goals) * left)
+    left = self.way_left(progress)
+    gates.set_gates(self.separation, [goal + (1 - goal) * left for goal in self.goals(model)])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 import torch
@@ -17,6 +17,7 @@ from ..core.errors import WrongValue
 from ..core.files import describes, load_tensors, save_tensors
 from ..core.signature import (
     Signature, Signed, as_signature, signature_of, weights_of, without_signature)
+from ..methods.base import METHODS, describe_method, make_method
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint']
@@ -72,6 +73,20 @@ def misfit(
     if known is None or (isinstance(classes, list) and len(classes) == len(known)): return ''
     return f"it tells {len(known)} classes apart, the file {classes}"
 
+# %% ../../nbs/07_train/02_checkpoint.ipynb #5a962513
+def other_settings(
+    model: nn.Module, # the network that is to take the weights
+    about: Mapping[str, Any], # what the file says beside them
+) -> str: # empty where there is no difference, or no method
+    "What `modularize` has to be told to make the network of a file."
+    here = ask(model, 'about', otherwise={})
+    kind = METHODS.get(here.get('method'))
+    if kind is None or about.get('method') != kind.name: return ''
+    known = {'method', *kind.renamed, *(f.name for f in fields(kind))}
+    there = describe_method(make_method(**{k: v for k, v in about.items() if k in known}))
+    differing = [f'{k}={v!r}' for k, v in there.items() if here.get(k) != v]
+    return f"; it was made with {', '.join(differing)}" if differing else ''
+
 # %% ../../nbs/07_train/02_checkpoint.ipynb #bc5c2d89
 def signature_in(
     about: Mapping[str, Any], # what a file says beside the weights
@@ -105,7 +120,8 @@ def load_checkpoint(
     weights = ask(model, 'upgrade', weights, otherwise=weights)
     with describes(path, 'a network'): signature_in(about)
     if fault := misfit(model, weights, about):
-        raise WrongValue(f"{path} holds the weights of another network: {fault}")
+        raise WrongValue(f"{path} holds the weights of another network: {fault}"
+                         f"{other_settings(model, about)}")
     sign(model, about, path)            # first, since a module refuses that of other classes
     model.load_state_dict(without_signature(model, weights))
     return about
