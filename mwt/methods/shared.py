@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 from ..core.errors import WrongValue
-from ..core.nets import copy_of, device_of, freeze_as_, trainable, untouched
+from ..core.nets import copy_of, device_of, freeze_as_, memory_format, trainable, untouched
 from ..channels.cut import kept_channels, slice_channels_
 from ..channels.mapping import ChannelMap
 from .base import Masks
@@ -366,6 +366,7 @@ class InnerNetwork:
     ) -> None:
         device = device_of(model)
         self.model = without_closed_kernels(model)
+        self.format = memory_format(self.model, model.example())       # thinner layers may need another
         self.grids: dict[str, tuple[Tensor, ...]] = {}
         weights = model.state_dict()
         for name, at in weight_origins(model).items():
@@ -382,7 +383,7 @@ class InnerNetwork:
         taken = {name: self.taken(whole[name], grid) for name, grid in self.grids.items()}
         self.model.masks.current.mask = mask
         self.model.net.train(net.training)
-        output = functional_call(self.model.net, taken, (x,))
+        output = functional_call(self.model.net, taken, (x.contiguous(memory_format=self.format),))
         self.model.masks.current.mask = None
         for name, grid in self.grids.items():
             if grid and not isinstance(whole[name], nn.Parameter): whole[name][grid] = taken[name]

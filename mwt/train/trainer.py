@@ -316,7 +316,7 @@ def shrink_(self: Trainer,
     everything = torch.ones(2, self.model.n_classes, dtype=torch.bool, device=x.device)
     with evaluating(self.model): expected = self.model(x, everything)
     if not expected.isfinite().all(): return        # a lost run; `fit` will say so
-    format = memory_format(small, x)
+    format = memory_format(small, x) if origins else self.format        # weights of its own may be moved
     with evaluating(small.to(memory_format=format)): answers = small(x, everything)
     if not (answers - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1):
         warnings.warn('the network without closed kernels computes something else than the model; '
