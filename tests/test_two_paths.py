@@ -2,7 +2,7 @@
 from __future__ import annotations
 import copy
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 import pytest
@@ -136,9 +136,19 @@ def test_a_network_without_norms(data: ImageData) -> None:
 
 # Gates that know the cost
 
-@pytest.mark.parametrize('dense', [False, True])
-@pytest.mark.parametrize('name', ['simcnn', 'resnet18', 'mobilenet'])
-@pytest.mark.parametrize('target', [dict(target_flops=0.2), dict(target_params=0.15)], ids=lambda t: min(t))
+TARGETS = dict(target_flops=0.2), dict(target_params=0.15)
+
+def costs() -> list[Any]:
+    "Both targets, with and without `dense`; of the deepest network half of that is a slow test."
+    cases = []
+    for target, name, dense in product(TARGETS, ('simcnn', 'resnet18', 'mobilenet'), (False, True)):
+        seldom = name == 'mobilenet' and dense == ('target_flops' in target)
+        marks = [pytest.mark.slow] * seldom
+        cases.append(pytest.param(target, name, dense, id=f'{min(target)}-{name}-{dense}', marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize('target, name, dense', costs())
 def test_two_classes_keep_what_was_asked_for(
     target: dict, name: str, dense: bool, data: ImageData
 ) -> None:
