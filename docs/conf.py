@@ -21,6 +21,7 @@ nb_output_stderr = 'remove'
 nb_render_markdown_format = 'myst'
 myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'deflist', 'dollarmath', 'amsmath']
 myst_heading_anchors = 4
+myst_ref_domains = ['std']          # links lead to pages and labels, never to symbols of C or C++
 
 # A fully local MathJax: `setup` copies this one file out of the package sphinx-mathjax-offline.
 _mathjax_file = Path(find_spec('sphinx-mathjax-offline').origin).parent/'static'/'mathjax'/'tex-svg.js'
@@ -47,7 +48,23 @@ html_theme_options = {
 }
 
 
+def titles_alone(app, pagename, templatename, context, doctree):
+    "The sidebar shows the titles of pages; their headings are left out before they are copied for each page."
+    whole, metadata = context.get('toctree'), app.env.metadata
+    if whole is None: return
+    leaves = [page for page in app.env.found_docs if page not in app.env.toctree_includes]
+
+    def toctree(**options):
+        for page in leaves: metadata[page]['tocdepth'] = 1
+        try: return whole(**options)
+        finally:
+            for page in leaves: del metadata[page]['tocdepth']
+
+    context['toctree'] = toctree
+
+
 def setup(app):
     "One file of MathJax instead of the 15 MB that the package holds."
     from sphinx.util.fileutil import copy_asset
+    app.connect('html-page-context', titles_alone, priority=400)        # before the theme makes its sidebar
     app.connect('build-finished', lambda app, error: error or copy_asset(_mathjax_file, app.outdir/'_static'))

@@ -72,7 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen]]:
     "The demo, running beside the other commands."
     folder = tmp_path_factory.mktemp('demo')
-    process = start(folder, 'demo', '--epochs', 2, '--device', 'cpu')
+    process = start(folder, 'demo', '--epochs', 1, '--device', 'cpu')
     yield folder, process
     process.kill()
     process.communicate()
@@ -260,7 +260,9 @@ def test_thresholds_keep_more_or_less(run: tuple) -> None:
 @pytest.fixture(scope='module')
 def plain(place: Path) -> tuple[Path, str]:
     "A run without masks."
-    return place/'plain', mwt(place, *TRAIN, '--method', 'plain', '--model', 'rescnn', '--out', 'plain')
+    with contextlib.chdir(place):
+        said = said_here(*TRAIN, '--method', 'plain', '--model', 'rescnn', '--out', 'plain')
+    return place/'plain', said
 
 
 def test_plain_run(plain: tuple, capsys: pytest.CaptureFixture) -> None:
@@ -280,7 +282,7 @@ def test_plain_run_cannot_be_decomposed(plain: tuple, capsys: pytest.CaptureFixt
 
 # Folders that are taken again
 
-DIGITS = ['train', '--data', 'digits', '--width', .1, '--epochs', 1, '--device', 'cpu']
+DIGITS = ['train', '--data', 'digits', '--width', .1, '--epochs', 1, '--batch-size', 256, '--device', 'cpu']
 
 
 def test_overwriting_starts_afresh(tmp_path: Path) -> None:
@@ -308,7 +310,7 @@ def test_demo_starts_afresh(tmp_path: Path, capsys: pytest.CaptureFixture,
 
 # Class names
 
-ODD = ['cat, domestic', 'dog', ' fox', 'sea-lion', 'x_^2$%$', '<b>&|']
+ODD = ['cat, domestic', ' fox', 'x_^2$%$', '<b>&|']
 LONG = [f'{letter}{"-very" * 12} long name' for letter in 'abcde']
 
 
@@ -435,7 +437,7 @@ def test_demo_is_a_run(demo: tuple, capsys: pytest.CaptureFixture) -> None:
     assert [p.name for p in folder.iterdir()] == ['runs']
     run = Run.open(out)
     assert len(run.modules()) == 16 and run.modules()['3-8'].classes == ['3', '8']
-    assert len(run.metrics()['singles']) == 10 and len(run.history().rows) == 2
+    assert len(run.metrics()['singles']) == 10 and len(run.history().rows) == 1
     check_page(out/'report.html')
     assert here('extract', '3,8', '--out', out) == 0
     assert here('evaluate', out/'modules'/'3-8.safetensors', '--out', out) == 0

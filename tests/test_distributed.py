@@ -18,6 +18,7 @@ from mwt.methods.modular import modularize
 from mwt.modules.decompose import decompose
 from mwt.modules.parts import load_parts
 from mwt.networks import create_model
+from mwt.runs.cli import main
 from mwt.train.fit import fit
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer
@@ -89,13 +90,19 @@ def pair_losses(rank: int, world: int) -> Evidence:
     return dict(losses=values, gradient=dict(gradient=mine.grad / world))
 
 
+def few_digits() -> ImageData:
+    "Enough for a dozen steps an epoch."
+    data = image_data('digits', batch_size=32, device='cpu')
+    return ImageData(data.train.sample(384), data.valid.sample(96), data.test.sample(96))
+
+
 def work(path: str) -> None:
     "In one of the processes, or in the only one: everything, for all kinds of training."
     import torch.distributed as dist
     if dist.is_torchelastic_launched(): dist.init_process_group('gloo')
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = dict(losses=pair_losses(rank, world))
-    data = image_data('digits', batch_size=32, device='cpu').shard(rank, world)
+    data = few_digits().shard(rank, world)
     for kind in KINDS: found[kind] = one_step(kind, data) | several_steps(kind, data) | whole_run(kind, data)
     torch.save(found, f'{path}.{rank}of{world}')
     if not dist.is_initialized(): return
@@ -207,37 +214,38 @@ ONE_EPOCH = [*WORDS, '--method', 'mwt', '--lr', '1e-4', '--epochs', '1', '--out'
 
 def mwt(*words: object) -> subprocess.Popen: return torchrun('-m', 'mwt', *words)
 
-def alone(*words: object) -> subprocess.Popen: return start('-m', 'mwt', *words)
+def alone(*words: object) -> None: assert main([str(w) for w in words]) == 0
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    "One command in one process and in two: their folders, and what they said."
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    "One command in one process and in two: their folders, and what the two said."
     folder = tmp_path_factory.mktemp('runs')
     one, two = folder/'one', folder/'two'
-    return dict(one=(one, finish_well(alone(*ONE_EPOCH, one))), two=(two, finish_well(mwt(*ONE_EPOCH, two))))
+    alone(*ONE_EPOCH, one)
+    return one, two, finish_well(mwt(*ONE_EPOCH, two))
 
-Runs = dict[str, tuple[Path, str]]
+Runs = tuple[Path, Path, str]
 
 
 def test_only_the_first_process_speaks(runs: Runs) -> None:
-    said = runs['two'][1]
+    said = runs[2]
     assert said.count('best epoch 1, kept in') == said.count('kernels are masked') == 1
 
 
 def test_one_command_learns_the_same_in_two_processes(runs: Runs) -> None:
-    first, second = (json.loads((out/'history.json').read_text())['rows'][0] for out, _ in runs.values())
+    first, second = (json.loads((out/'history.json').read_text())['rows'][0] for out in runs[:2])
     for name in ('loss', 'cohesion_loss', 'coupling_loss'):
         assert second[name] == pytest.approx(first[name], rel=1e-3), name
 
 
 @pytest.mark.slow
 def test_two_processes_decompose_like_one(runs: Runs) -> None:
-    out = runs['two'][0]
+    out = runs[1]
     said = finish_well(mwt('decompose', '--out', out, '--device', 'cpu'))
     assert said.count('kept in') == 1, said
     shared = load_parts(out/'parts.safetensors')
-    finish_well(alone('decompose', '--out', out, '--device', 'cpu'))
+    alone('decompose', '--out', out, '--device', 'cpu')
     single = load_parts(out/'parts.safetensors')
     assert torch.equal(shared.kept, single.kept)
     assert torch.allclose(shared.frequency, single.frequency)
@@ -246,10 +254,12 @@ def test_two_processes_decompose_like_one(runs: Runs) -> None:
     assert files == ['history.json', 'model.safetensors', 'parts.safetensors', 'run.json']
 
 
-def test_other_commands_are_for_one_process(runs: Runs) -> None:
-    process = mwt('extract', '--out', runs['two'][0])
-    said = finish(process)
-    assert process.returncode and 'torchrun is for mwt train and mwt decompose' in said
+@pytest.mark.parametrize('command', ['extract', 'evaluate', 'report'])
+def test_other_commands_are_for_one_process(command: str, runs: Runs, refused: Callable,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    "As in a process that torchrun has started."
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    assert 'torchrun is for mwt train and mwt decompose' in refused(command, '--out', runs[1])
 
 
 # A lost process

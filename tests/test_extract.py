@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 import pytest
 import torch
 import torchvision
@@ -40,8 +41,14 @@ def masked_logits(model: ModularModel, parts: Parts, classes: list[int], x: Tens
     with torch.no_grad(), fixed_masks(model, union_masks(parts, classes)): return model(x)[:, classes]
 
 
-@pytest.mark.parametrize('fraction, classes', [(.3, [4]), (.3, [7, 2]), (.7, [*range(10)]), (None, [7, 2])],
-                         ids=['a third, one class', 'a third, two', 'most, ten', 'one kernel a layer, two'])
+PARTS = [ # fraction of kernels, classes
+    pytest.param(.3, [4], id='a third, one class'),
+    pytest.param(.3, [7, 2], id='a third, two', marks=pytest.mark.slow),
+    pytest.param(.7, [*range(10)], id='most, ten'),
+    pytest.param(None, [7, 2], id='one kernel a layer, two')]
+
+
+@pytest.mark.parametrize('fraction, classes', PARTS)
 def test_slim_equals_masked(
     model: ModularModel, fraction: float | None, classes: list[int], tmp_path: Path
 ) -> None:
@@ -237,7 +244,13 @@ DENSENET_NORMS = {'features.transition1.norm', 'features.norm5'} | {
 Quick = tuple[str, ModularModel, Parts, Tensor, SlimModule]
 
 
-@pytest.fixture(scope='module', params=[(n, m) for n in FASTER for m in METHODS], ids='-'.join)
+def case(network: str, method: str) -> Any:
+    "The deepest network with one method; folding of grouped layers with the others is ResNeXt's."
+    marks = [pytest.mark.slow] * (network == 'mobilenet' and method != 'composable')
+    return pytest.param((network, method), id=f'{network}-{method}', marks=marks)
+
+
+@pytest.fixture(scope='module', params=[case(n, m) for n in FASTER for m in METHODS])
 def quick(request: pytest.FixtureRequest) -> Quick:
     "A model, random parts, images, and the module of two classes as it is cut."
     network, method = request.param

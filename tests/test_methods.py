@@ -1,5 +1,6 @@
 "What every registered method has to keep: the contract of `mwt.methods.base.Method`."
 from __future__ import annotations
+import copy, functools
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,19 @@ def digits() -> ImageData:
     return image_data('digits', batch_size=64, device='cpu')
 
 
-def new_model(method: str, network: str = 'simcnn', width: float = 0.15) -> ModularModel:
+@pytest.fixture(scope='session')
+def few_digits(digits: ImageData) -> ImageData:
+    "Enough for five steps an epoch."
+    return ImageData(digits.train.sample(320), digits.valid.sample(64), digits.test.sample(64))
+
+
+@functools.cache                # `modularize` checks for a quarter of a second
+def made_once(method: str, network: str, width: float) -> ModularModel:
     return modularize(create_model(network, 10, width, 1, seed=0), 10, method)
+
+
+def new_model(method: str, network: str = 'simcnn', width: float = 0.1) -> ModularModel:
+    return copy.deepcopy(made_once(method, network, width))
 
 
 @dataclass
@@ -48,7 +60,7 @@ class Trained:
 
 @pytest.fixture(scope='module', params=BUILT_IN)
 def trained(request: pytest.FixtureRequest, digits: ImageData) -> Trained:
-    model = new_model(request.param)
+    model = new_model(request.param, width=0.15)
     fit(model, digits, epochs=14, lr=0.1, show_progress=False)
     return Trained(model, decompose(model, digits.train, show_progress=False))
 
@@ -123,11 +135,11 @@ class Stopped(Exception): "Instead of a power cut."
 
 
 @pytest.mark.parametrize('method', BUILT_IN)
-def test_a_stopped_run_ends_at_the_same_bits(method: str, digits: ImageData, tmp_path: Path,
+def test_a_stopped_run_ends_at_the_same_bits(method: str, few_digits: ImageData, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = dict(epochs=4, seed=3, show_progress=False)
-    whole = new_model(method, width=0.1)
-    fit(whole, digits, **options)
+    whole = new_model(method)
+    fit(whole, few_digits, **options)
     save_run, stops = Fit.save_run, []
     def stop_after_two(self: Fit) -> None:
         save_run(self)
@@ -136,9 +148,9 @@ def test_a_stopped_run_ends_at_the_same_bits(method: str, digits: ImageData, tmp
     with monkeypatch.context() as patch:
         patch.setattr(Fit, 'save_run', stop_after_two)
         with pytest.raises(Stopped):
-            fit(new_model(method, width=0.1), digits, resume=tmp_path/'run.safetensors', **options)
-    resumed = new_model(method, width=0.1)
-    fit(resumed, digits, resume=tmp_path/'run.safetensors', **options)
+            fit(new_model(method), few_digits, resume=tmp_path/'run.safetensors', **options)
+    resumed = new_model(method)
+    fit(resumed, few_digits, resume=tmp_path/'run.safetensors', **options)
     for name, value in whole.state_dict().items(): assert torch.equal(value, resumed.state_dict()[name]), name
 
 
@@ -167,7 +179,7 @@ def test_the_watch_sees_a_wait() -> None:
 @pytest.mark.parametrize('progress', [0., 0.7])
 @pytest.mark.parametrize('method', BUILT_IN)
 def test_a_step_never_waits_for_the_device(method: str, progress: float) -> None:
-    model = new_model(method, width=0.1).train()
+    model = new_model(method).train()
     run = Trainer(model, TrainConfig(), 100)
     images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
     run.done = int(100 * progress)

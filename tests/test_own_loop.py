@@ -26,7 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = dict(composable=dict(closed_by=1.))
 
 @pytest.fixture(scope='module')
 def data() -> ImageData:
-    return image_data('digits', batch_size=64, device='cpu')
+    digits = image_data('digits', batch_size=64, device='cpu')
+    return ImageData(digits.train.sample(384), digits.valid.sample(64), digits.test.sample(64))
 
 
 def modular(method: str) -> nn.Module:

@@ -23,7 +23,7 @@ from mwt.train.fit import fit
 from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer, train_epoch
 
-WORDS = ['train', '--data', 'digits', '--width', '.1', '--device', 'cpu']
+WORDS = ['train', '--data', 'digits', '--width', '.1', '--batch-size', '256', '--device', 'cpu']
 PATIENCE = 300  # seconds
 
 
@@ -399,7 +399,6 @@ def test_classes_on_the_command_line(tmp_path: Path, refused: Callable) -> None:
     assert len(found) == 7 and ['lion', 'sea'] in found and ['sea-lion'] in found
     said = refused('extract', 'salt,peper', '--out', out)
     assert "unknown class 'salt'" in said and 'put into double quotes' in said
-    assert here('evaluate', '--out', out) == 0 and here('report', '--out', out) == 0
 
 
 @pytest.mark.parametrize(

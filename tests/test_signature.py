@@ -53,7 +53,7 @@ def trained(data: ImageData) -> Callable[[str], nn.Module]:
     def make(kind: str) -> nn.Module:
         if kind not in models:
             models[kind] = network(kind)
-            fit(models[kind], data, 16, show_progress=False)
+            fit(models[kind], data, 16 if kind == 'composable' else 4, show_progress=False)
         return copy.deepcopy(models[kind])
     return make
 

@@ -143,8 +143,9 @@ def test_a_copy_goes_on_alike(streamed: ImageData) -> None:
     assert same(epoch(copy), epoch(streamed.valid))
 
 
-def test_processes_that_start_from_nothing(streamed: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_start_from_nothing(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "As on macOS and Windows: all that a worker needs is sent to it."
+    streamed = photos(sample, streaming=True, workers=1)        # to start one takes seconds
     want = epoch(streamed.valid)
     spawning = functools.partial(DataLoader, multiprocessing_context='spawn')
     monkeypatch.setattr(streams, 'DataLoader', spawning)
