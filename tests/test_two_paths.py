@@ -1,6 +1,6 @@
 "A full model that keeps every kernel, target sets inside it, and gates that know what a unit costs."
 from __future__ import annotations
-import copy, functools
+import copy
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -38,13 +38,18 @@ def network(name: str = 'resnet18', seed: int = 0) -> nn.Module:
     return create_model(name, 4, 0.125, seed=seed)
 
 
-@functools.cache
-def made_once(shape: tuple[int, ...], name: str, seed: int, **settings: Any) -> ModularModel:
-    return modularize(network(name, seed), 4, example_input=torch.zeros(1, *shape), **settings)
+def made_anew(data: ImageData, name: str, seed: int, settings: dict[str, Any]) -> ModularModel:
+    example = torch.zeros(1, *data.shape)
+    return modularize(network(name, seed), 4, example_input=example, **settings)
 
+
+MADE: dict[str, ModularModel] = {}
 
 def made(data: ImageData, name: str = 'resnet18', seed: int = 0, **settings: Any) -> ModularModel:
-    return copy.deepcopy(made_once(tuple(data.shape), name, seed, **dict(dense=True) | settings))
+    "A fresh model; what was asked for before is a copy."
+    key = repr((data.shape, name, seed, settings))
+    if key not in MADE: MADE[key] = made_anew(data, name, seed, settings)
+    return copy.deepcopy(MADE[key])
 
 
 @pytest.fixture(scope='module')
