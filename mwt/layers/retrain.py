@@ -76,7 +76,9 @@ class Across:
         across, a, b = self.sums.cpu()
         return across / (a.clamp_min(0) * b.clamp_min(0)).sqrt()
 
-# %% ../../nbs/10_layers/04_retrain.ipynb #600f705a
+# %% ../../nbs/10_layers/04_retrain.ipynb #b9a31a8a
+TINY = 1e-12    # variance of a constant channel
+
 def moments(
     features: Tensor, # (images, channels, ...), what a block returned
     n: int, # images; not used
@@ -92,8 +94,8 @@ def overlap(
 ) -> float: # 0 to 1
     "How far the distributions of channels overlap, on average."
     (mean_a, var_a), (mean_b, var_b) = (mean_and_variance(m) for m in (a, b))
-    both = (var_a + var_b).clamp_min(1e-12)
-    spreads = (2 * (var_a * var_b).clamp_min(0).sqrt() + 1e-12) / (both + 1e-12)
+    both = var_a + var_b + TINY         # so that two constant channels can be compared
+    spreads = (2 * (var_a * var_b).sqrt() + TINY) / both
     return (spreads.sqrt() * (-(mean_a - mean_b)**2 / (4 * both)).exp()).mean().item()
 
 def mean_and_variance(m: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def check_shorten(
     raise WrongValue('no block of this module can be left out: each changes what passes by '
                      f'(its skip is a projection); its blocks: {", ".join(blocks.names)}')
 
-# %% ../../nbs/10_layers/05_shorten.ipynb #81d81c90
+# %% ../../nbs/10_layers/05_shorten.ipynb #72428aaf
 def shorten(
     module: SlimModule, # from `extract`, with residual blocks; not changed
     data: Any, # `ImageData`, or two data loaders (train, valid): images of its classes, perhaps of more
@@ -123,7 +123,7 @@ def shorten(
         data = as_image_data(data, device=device_of(module), n_classes=n)
     data = data.subset(module.classes)
     before = evaluate(module, data.valid)
-    if before <= 1 / len(module.classes):
+    if before <= 1 / len(module.classes) + 1e-6:
         raise WrongValue(f'the module is right for {percent(before)} of the validation images, no better '
                          'than guessing; train its model first')
     steps = chosen_steps(module, blocks, data, before - most_lost, by, show_progress)
