@@ -1,4 +1,4 @@
-"Layer-wise modules: residual blocks, networks without some of them, similarity, local retraining, shorter modules."
+"Layer-wise modules: residual blocks, similarity, drift, local retraining, shorter modules."
 from __future__ import annotations
 import gc, io, weakref
 from collections.abc import Callable
@@ -282,7 +282,7 @@ def test_frozen_weights_stay_frozen_in_a_shorter_module() -> None:
 
 
 @pytest.mark.parametrize('blocks, says', [
-    ('convs:9', "unknown block 'convs:9'; did you mean 'convs:[123]'.*can be given: convs:1, convs:2, convs:3"),
+    ('convs:9', "unknown block 'convs:9'; did you mean 'convs:[123]'.*given: convs:1, convs:2, convs:3"),
     ([], 'no block given'), (['convs:1', 3], 'unknown block 3'), (3, 'blocks must be names')])
 def test_wrong_names_are_refused_with_those_that_can_be_given(blocks: Any, says: str) -> None:
     net = create_model('rescnn', width=.05, seed=0)
@@ -442,7 +442,8 @@ def test_shared_layers_are_numbered(data: ImageData) -> None:
 
 
 @pytest.mark.parametrize('change, says', [
-    (dict(of='heads'), "unknown of 'heads'"), (dict(of=[]), 'of must be one or several'), (dict(of=3), 'of must be'),
+    (dict(of='heads'), "unknown of 'heads'"), (dict(of=[]), 'of must be one or several'),
+    (dict(of=3), 'of must be'),
     (dict(passes=0), 'passes must be'), (dict(seed=-1), 'seed must be'),
     (dict(show_progress='no'), 'show_progress must be'), (dict(data='train'), 'must be'),
     (dict(data='all'), 'holds several splits'), (dict(data='small'), 'at least 4 images'),
@@ -635,8 +636,10 @@ def test_pairs_are_learned_in_step(data: ImageData, trained: nn.Module) -> None:
 
 @pytest.mark.parametrize('change, says', [
     (dict(blocks='block:7'), 'unknown block'), (dict(blocks=[]), 'no block given'),
-    (dict(weight=1.5), 'weight must be'), (dict(epochs=0), 'epochs must be'), (dict(compile=True), 'no option'),
-    (dict(lr=-1), 'lr must be'), (dict(momentun=1), "no option 'momentun'"), (dict(teacher=Chain(2)), 'no block'),
+    (dict(weight=1.5), 'weight must be'), (dict(epochs=0), 'epochs must be'),
+    (dict(compile=True), 'no option'),
+    (dict(lr=-1), 'lr must be'), (dict(momentun=1), "no option 'momentun'"),
+    (dict(teacher=Chain(2)), 'no block'),
     (dict(teacher='none'), 'must be a network'), (dict(clean='same'), 'the same as the clean'),
     (dict(clean='fewer'), 'have n '), (dict(data='four'), 'answers for 3 classes, the data has 4'),
     (dict(data='none'), 'train and a valid')])
@@ -687,13 +690,15 @@ def test_nothing_is_lost_where_every_block_is_needed(data: ImageData, trained: n
 @pytest.mark.parametrize('change, says', [
     (dict(module='net'), 'not an extracted module'), (dict(module='flat'), 'no residual block'),
     (dict(module='fresh'), 'no better than guessing'), (dict(most_lost=-1), 'most_lost must be'),
-    (dict(by='luck'), "unknown by 'luck'"), (dict(epochs=-1), 'epochs must be'), (dict(data='other'), 'class')])
+    (dict(by='luck'), "unknown by 'luck'"), (dict(epochs=-1), 'epochs must be'),
+    (dict(data='other'), 'class')])
 def test_bad_shortening(change: dict[str, Any], says: str, data: ImageData, trained: nn.Module) -> None:
     fresh = Chain(norm=False)
     fresh.head.weight.data.zero_()
     flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3))
     modules = dict(net=trained, flat=as_module(flat, data.classes, data.shape),
-                   fresh=as_module(fresh, data.classes, data.shape), ok=as_module(trained, data.classes, data.shape))
+                   fresh=as_module(fresh, data.classes, data.shape),
+                   ok=as_module(trained, data.classes, data.shape))
     x, y = images(40)
     other = from_tensors((x, y), (x, y), classes=['x', 'y', 'z'], device='cpu')
     call = dict(module='ok', data=data) | change

@@ -222,7 +222,7 @@ def has_weights(
     "Has the layer anything to learn?"
     return any(True for _ in model.get_submodule(node.target).parameters())
 
-# %% ../../nbs/10_layers/01_blocks.ipynb #569f6b6e
+# %% ../../nbs/10_layers/01_blocks.ipynb #e43f3671
 def numbered(
     names: Sequence[str], # some perhaps the same, or empty
     empty: str, # what stands for an empty one
@@ -232,7 +232,8 @@ def numbered(
     counts, seen, found = Counter(names), Counter(), []
     for name in names:
         seen[name] += 1
-        found.append(f'{name}:{seen[name]}' if counts[name] > 1 else name)
+        if counts[name] > 1: name = f'{name}:{seen[name]}'
+        found.append(name)
     return found
 
 def blocks_in(

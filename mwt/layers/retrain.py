@@ -181,7 +181,7 @@ def drift_of_distributions(watch: Watch, splits: Sequence[Iterable], kind: torch
         sums.append([t.cpu() for t in total])
     return [overlap(a, b) for a, b in zip(*sums)]
 
-# %% ../../nbs/10_layers/04_retrain.ipynb #b9982b60
+# %% ../../nbs/10_layers/04_retrain.ipynb #66852ad7
 def drifting(
     model: nn.Module, # any network with residual blocks, or a module
     clean: Batches | Iterable, # a split or a `DataLoader`: images as in training
@@ -202,7 +202,8 @@ def drifting(
         if isinstance(a, Batches) and isinstance(b, Batches): b = b.with_batch_size(a.batch_size)
         check_pairs(zip(copy(a), copy(b)))
     nodes = [next(iter(blocks.graph.nodes)), *(block.add for block in blocks)]
-    watch = Watch(model, blocks.graph, nodes, centred_gram if paired else moments)
+    look = centred_gram if paired else moments
+    watch = Watch(model, blocks.graph, nodes, look)
     with evaluating(model), room_for(f'comparing {len(nodes)} blocks', 'take a smaller batch_size'):
         kind = input_dtype(model)
         steps = progress(zip(a, b), 'comparing images', show_progress)
@@ -363,7 +364,7 @@ def teacher_of(
     runner = fx.Interpreter(network, graph=until(blocks.graph, block.add))
     return lambda images: runner.run(images.to(example.dtype))
 
-# %% ../../nbs/10_layers/04_retrain.ipynb #cf909d49
+# %% ../../nbs/10_layers/04_retrain.ipynb #e2772e1c
 def retrain_blocks(
     model: nn.Module, # any network with residual blocks, or a module; not changed
     data: Any, # `ImageData`, or two data loaders (train, valid): what is to be learned
@@ -387,7 +388,8 @@ def retrain_blocks(
     found = block_sums(net, data.shape)
     chosen = found.chosen(blocks, projections=True)
     if teacher is not None: check_layered(teacher)
-    teach = teacher_of(net if teacher is None else teacher, chosen[0].name, found)
+    if teacher is None: teacher = net
+    teach = teacher_of(teacher, chosen[0].name, found)
     flags = trainable(net)
     student = Student(net, found, chosen, teach, float(weight))
     student.signature = Signature(list(data.classes))
