@@ -31,6 +31,7 @@ sys.path.insert(0, str(HERE.parent))        # runs from a plain checkout
 
 import torch
 from torch import Tensor, nn
+from mwt.core.errors import WrongValue
 from mwt.data.batches import Batches, ImageData
 from mwt.data.sources import image_data
 from mwt.layers.blocks import find_blocks
@@ -217,8 +218,11 @@ def shorten_rows(a: argparse.Namespace, data: ImageData, seed: int) -> Iterator[
     for rows in pairs[::max(1, len(pairs) // a.pairs)][:a.pairs]:
         module = extract(model, parts, list(rows))
         for by in ('accuracy', 'similarity'):
-            (short, table), took = timed(lambda: shorten(
+            try: (short, table), took = timed(lambda: shorten(
                 module, data, by=by, epochs=a.retrain, show_progress=False))
+            except WrongValue as e:         # after few epochs a module may be no better than guessing
+                print(f'{module.classes} left out: {e}', flush=True)
+                continue
             whole, less = profiles([module, short], repeats=15)
             yield dict(how=by, classes=module.classes, seconds=took,
                        blocks=[row['left out'] for row in table.rows[1:] if row['left out'][0] != '('],
