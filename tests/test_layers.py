@@ -155,6 +155,7 @@ def test_a_projection_is_told_apart_from_an_identity() -> None:
             super().__init__()
             self.stem, self.a, self.b = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1, 2)
             self.c, self.head = nn.Conv2d(8, 1, 1), nn.Linear(8, 3)
+            self.d = nn.Conv2d(1, 8, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
@@ -162,10 +163,12 @@ def test_a_projection_is_told_apart_from_an_identity() -> None:
             skip = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
             x = self.b(x) + skip
             x = x + self.c(x)           # one channel is added to all eight: still `x` where it is zero
+            x = x.mean(1, keepdim=True)
+            x = x + self.d(x)           # one channel becomes eight: it does not fit behind the sum
             return self.head(x.mean((2, 3)))
 
     found = find_blocks(Net(), torch.zeros(2, 1, 8, 8))
-    assert [b.projection for b in found] == [True, True, False]
+    assert [b.projection for b in found] == [True, True, False, True]
     with pytest.raises(WrongValue, match="'a' changes what passes by.*can be given: c$"):
         drop_blocks(Net(), 'a', torch.zeros(2, 1, 8, 8))
 
@@ -365,6 +368,31 @@ def test_the_order_of_batches_does_not_count(data: ImageData, trained: nn.Module
         results = [similarity(trained, some, **QUIET).matrix for some in (batches, batches[::-1])]
     finally: trained.signature = known
     assert torch.allclose(*results, atol=1e-9)
+
+
+def test_batches_count_by_their_images(data: ImageData, trained: nn.Module) -> None:
+    "Of unequal batches each adds its own unbiased estimate, weighted by its size."
+    plain = deepcopy(trained)
+    plain.signature = None
+    x, y = next(iter(data.train.with_batch_size(96).plain()))
+    pieces = [(x[:60], y[:60]), (x[60:68], y[60:68]), (x[68:71], y[68:71])]      # the last is too small
+    found = similarity(plain, pieces, **QUIET)
+    seen = [outputs(trained, piece) for piece, _ in pieces[:2]]
+    def total(i: int, j: int) -> Tensor: return sum(len(o[i]) * closed_form(o[i], o[j]) for o in seen)
+    expected = total(0, 2) / (total(0, 0) * total(2, 2)).sqrt()
+    assert found.between('convs.0', 'convs.2') == pytest.approx(expected.item(), abs=1e-4)
+    assert found.images == 68
+
+
+def test_sorted_splits_are_shuffled(data: ImageData, trained: nn.Module, recwarn: Any) -> None:
+    "A folder lists one class after the other; batches of one class each would say something else."
+    order = data.train.labels.argsort(stable=True)
+    sorted_split = data.train._replace(images=data.train.images[order], labels=data.train.labels[order],
+                                       shuffle=False, batch_size=32)
+    whole = similarity(trained, data.train.with_batch_size(96), **QUIET).matrix
+    found = similarity(trained, sorted_split, passes=4, **QUIET).matrix
+    assert (found - whole).abs().max() < .05
+    assert not [w for w in recwarn if 'one class' in str(w.message)]
 
 
 class NoSync(TorchDispatchMode):
@@ -584,9 +612,13 @@ def test_autograd_records_nothing_below(data: ImageData, trained: nn.Module) -> 
     assert {n for n, m in net.named_modules() if m.training} == {'convs.1', 'norms.1'}
 
 
-def test_the_published_loss(data: ImageData, trained: nn.Module) -> None:
+@pytest.mark.parametrize('relu', ['plain', 'in place'])
+def test_the_published_loss(relu: str, data: ImageData, trained: nn.Module) -> None:
     "Half the mean square distance of the first chosen block's sum from the twin's, half cross-entropy."
-    net, clean, other = deepcopy(trained), data.train.plain(), shifted(data.train).plain()
+    net = Chain(relu=relu)
+    net.load_state_dict(trained.state_dict())
+    net.eval()
+    clean, other = data.train.plain(), shifted(data.train).plain()
     found = block_sums(net, data.shape)
     (a, y), (b, _) = next(iter(clean)), next(iter(other))
     student = Student(net, found, found.items[1:], lambda x: sums(trained, x), .25).eval()
