@@ -647,6 +647,9 @@ def test_damaged_blocks_are_mended(data: ImageData, trained: nn.Module) -> None:
     module = as_module(damaged, data.classes, data.shape, signature=damaged.signature)
     mended = retrain_blocks(module, data, names[1], weight=0, epochs=6, lr=.1, **QUIET)
     assert type(mended) is type(module) and evaluate(mended, data.test) > low
+    twins = shifted(data.train, 2)
+    pair = retrain_blocks(module, data, names[1], clean=twins, epochs=1, **QUIET)
+    assert pair.takes_pixels and not same_state(pair, module)
     before, after = weights_of(module), weights_of(mended)
     assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith(('convs.1', 'norms.1')))
 

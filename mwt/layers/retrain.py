@@ -284,43 +284,51 @@ def training_loss(self: Student,
     loss = self.weight * distance + (1 - self.weight) * entropy
     return loss, dict(cross_entropy=entropy.detach(), activation=distance.detach())
 
-# %% ../../nbs/10_layers/04_retrain.ipynb #59177c0e
-class Pairs:
+# %% ../../nbs/10_layers/04_retrain.ipynb #c22660f8
+class Pairs(LoaderBatches):
     "Training batches with their clean twins behind them, as further channels."
-    shared = False # always all samples, in one process
-
     def __init__(self,
         images: Batches | LoaderBatches, # what is learned
         twins: Batches | LoaderBatches, # the same samples in the same order
     ) -> None:
         self.images, self.twins = images, twins
-        self.classes, self.batch_size, self.n = images.classes, images.batch_size, images.n
+        self.classes, self.batch_size, self.device = images.classes, images.batch_size, images.device
         self.shape = (2 * images.shape[0], *images.shape[1:])
-        self.signature = Signature(list(images.classes))
 
     @property
-    def device(self) -> torch.device:
-        "Where the batches are."
-        return self.images.device
+    def n(self) -> int | None:
+        "How many samples there are; `None` where that is not known."
+        return self.images.n
+
+    @property
+    def signature(self) -> Signature:
+        "What a network that learns these answers."
+        return Signature(list(self.classes))
 
     def __len__(self) -> int: return len(self.images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for (a, labels), (b, _) in zip(self.images, self.twins): yield torch.cat([a, b], 1), labels
 
-    def seed(self,
-        seed: int, # any non-negative integer
-        epoch: int = 0, # epochs already done
-    ) -> Pairs: # itself
-        "Restart the sequence of orders and augmentations of both."
-        for split in (self.images, self.twins): split.seed(seed, epoch)
-        return self
+# %% ../../nbs/10_layers/04_retrain.ipynb #a1364f9e
+@patch
+def seed(self: Pairs,
+    seed: int, # any non-negative integer
+    epoch: int = 0, # epochs already done
+) -> Pairs: # itself
+    "Restart the sequence of orders and augmentations of both."
+    for split in (self.images, self.twins): split.seed(seed, epoch)
+    return self
 
-    def to(self,
-        device: str | torch.device | None, # `None` picks CUDA where there is one
-    ) -> Pairs:
-        "The same pairs on another device."
-        return Pairs(self.images.to(device), self.twins.to(device))
+@patch
+def to(self: Pairs,
+    device: str | torch.device | None, # `None` picks CUDA where there is one
+) -> Pairs:
+    "The same pairs on another device."
+    return Pairs(self.images.to(device), self.twins.to(device))
+
+@patch
+def __repr__(self: Pairs) -> str: return f'Pairs({self.images}, {self.twins})'
 
 # %% ../../nbs/10_layers/04_retrain.ipynb #af1a64ef
 def paired_data(
