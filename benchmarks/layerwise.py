@@ -1,21 +1,21 @@
 """What do layer-wise modules save: in retraining, in compressing, in latency?
 
-    python benchmarks/layerwise.py run --data FOLDER                   # a CIFAR ResNet of 44 layers; CPU: hours
-    python benchmarks/layerwise.py run --data FOLDER --preset quick    # a minute or two, to see that it works
+    python benchmarks/layerwise.py run --data FOLDER                   # a ResNet of 44 layers; CPU: hours
+    python benchmarks/layerwise.py run --data FOLDER --preset quick    # minutes, to see that it works
     python benchmarks/layerwise.py table                               # all results as Markdown
 
 Four parts, in the protocol of DeepArc (Ren et al., ICSE 2023) but for one thing: whatever is chosen (blocks,
 epochs) is chosen on validation images, and the test images are looked at once.
 
-    pgd, fgsm   adversarial twins of some training and test images. The blocks that drift most are trained alone,
-                on clean images and their twins, beside training the whole network in the same way: the share of
-                the weights that learn, seconds, accuracy on clean and on attacked test images
-    damage      weights of some blocks are drawn anew until accuracy is down; the network as it was is the teacher
+    pgd, fgsm   adversarial twins of some images. The blocks that drift most are trained alone, on clean images
+                and their twins, beside training the whole network on the same images: the share of the
+                weights that learn, seconds, accuracy on clean and on attacked test images
+    damage      weights of some blocks are drawn anew until accuracy is down; the sound network is the teacher
     compress    Torch-Pruning from the whole network, and from the one without blocks that nobody misses
     shorten     two-class modules of a modular network: accuracy, parameters and latency at batch size 1
 
-pgd and fgsm need torchattacks, compress needs torch-pruning: `pip install '.[bench]'`. torchattacks pins an old
-`requests`; where that collides with the development tools, `pip install --no-deps torchattacks` will do.
+pgd and fgsm need torchattacks, compress needs torch-pruning: `pip install '.[bench]'`. torchattacks pins an
+old `requests`; where that collides with other packages, `pip install --no-deps torchattacks` will do.
 A part whose package is missing is left out, and said to be.
 
 Every run adds a line to results/layerwise.jsonl; lines that are there already are skipped.
@@ -170,7 +170,7 @@ def damage_rows(a: argparse.Namespace, model: nn.Module, data: ImageData, seed: 
 # Compressing
 
 def not_missed(model: nn.Module, data: ImageData, most_lost: float = .01) -> list[str]:
-    "Blocks that can go, one after the other, for a point of validation accuracy; most alike neighbours first."
+    "Blocks that can go for a point of validation accuracy; most alike neighbours first."
     alike = similarity(model, data.valid, of='blocks', show_progress=False)
     order = sorted(zip(alike.neighbours[1:], alike.names[1:]), reverse=True)
     lowest, gone = evaluate(model, data.valid) - most_lost, []
@@ -185,8 +185,9 @@ def pruned(model: nn.Module, data: ImageData, ratio: float) -> nn.Module:
     import torch_pruning as tp
     model, x = copy.deepcopy(model).eval(), torch.zeros(2, *data.shape, device=data.device)
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    tp.pruner.MetaPruner(model, x, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
-                         global_pruning=True, ignored_layers=heads).step()
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    tp.pruner.MetaPruner(model, x, importance=importance, pruning_ratio=ratio, global_pruning=True,
+                         ignored_layers=heads).step()
     return model
 
 
@@ -288,11 +289,13 @@ def table(path: Path) -> str:
         for r in mine:
             detail = r.get('drop', r.get('ratio', ''))
             groups.setdefault((r['depth'], r['width'], r['epochs'], r['how'], detail), []).append(r)
-        head = ['depth', 'width', 'epochs', 'how', 'detail', 'runs', 'seconds', *(c for c, _ in COLUMNS[part])]
+        columns = COLUMNS[part]
+        head = ['depth', 'width', 'epochs', 'how', 'detail', 'runs', 'seconds', *(c for c, _ in columns)]
         lines = [f'**{part}**', '', '| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
         for group, runs in groups.items():
             seconds = sum(values(runs, 'seconds')) / 100 / len(runs)
-            cells = [*map(str, group), str(len(runs)), f'{seconds:.1f}', *(figure(runs, k) for _, k in COLUMNS[part])]
+            cells = [*map(str, group), str(len(runs)), f'{seconds:.1f}']
+            cells += [figure(runs, k) for _, k in columns]
             lines.append('| ' + ' | '.join(cells) + ' |')
         texts.append('\n'.join(lines))
     return '\n\n'.join(texts)

@@ -55,7 +55,7 @@ def test_speed(name, tmp_path):
 
 @pytest.mark.slow
 def test_layerwise(tmp_path):
-    "Each part writes rows; one whose package is missing is left out and said to be; a second run adds nothing."
+    "Each part writes rows, one whose package is missing is left out; a second run adds nothing."
     images, results = unpack_sample(tmp_path), tmp_path/'layerwise.jsonl'
     run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick', '--depth', '8', '--width', '.25',
            '--epochs', '1', '--retrain', '1', '--seeds', '0', '--device', 'cpu', '--results', results]
