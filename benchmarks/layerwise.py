@@ -7,7 +7,7 @@
 Four parts, in the protocol of DeepArc (Ren et al., ICSE 2023) but for one thing: whatever is chosen (blocks,
 epochs) is chosen on validation images, and the test images are looked at once.
 
-    pgd, fgsm   adversarial twins of some images. The blocks that drift most are trained alone, on clean images
+    pgd, fgsm   adversarial twins of some images. The blocks that drift most are trained alone, on clean ones
                 and their twins, beside training the whole network on the same images: the share of the
                 weights that learn, seconds, accuracy on clean and on attacked test images
     damage      weights of some blocks are drawn anew until accuracy is down; the sound network is the teacher
