@@ -34,6 +34,9 @@ _HOMES = {
     'modules.extract': 'extract',
     'modules.compose': 'compose fine_tune',
     'runs.report': 'Run',
+    'layers.edit': 'drop_blocks',
+    'layers.similarity': 'similarity',
+    'layers.shorten': 'shorten',
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = list(_HOME)

@@ -183,6 +183,34 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
 
+# %% ../nbs/03_networks/01_networks.ipynb #8e1eb668
+class ResNetCifar(nn.Module):
+    "A residual network of any depth for small images (He et al. 2016, section 4.2)."
+    def __init__(self,
+        num_classes: int = 10, # outputs
+        width: float = 1.0, # multiplier of all kernel numbers
+        in_channels: int = 3, # channels of the images
+        depth: int = 44, # layers, 6n + 2: 8, 14, 20, ..., 44, ..., 110
+    ) -> None:
+        super().__init__()
+        check_range('depth', depth, 8, 1202, integer=True)
+        if depth % 6 != 2:
+            lower = depth - (depth - 2) % 6
+            raise WrongValue(f'depth must be 6n + 2, not {depth}; take {lower} or {lower + 6}')
+        sizes = [scaled(c, width) for c in (16, 16, 32, 64)]
+        self.stem = conv_block(in_channels, sizes[0])
+        self.stages = nn.Sequential()
+        for i, o, stride in zip(sizes, sizes[1:], (1, 2, 2)):
+            blocks = [BasicBlock(i, o, stride)]
+            blocks += [BasicBlock(o, o) for _ in range((depth - 2) // 6 - 1)]
+            self.stages.append(nn.Sequential(*blocks))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                  nn.Linear(sizes[-1], num_classes))
+        init_convs(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)))
+
 # %% ../nbs/03_networks/01_networks.ipynb #37962891
 MOBILENET_V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),      # kernels, stride
                 (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1))
@@ -254,13 +282,18 @@ def resnet18(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) ->
     "ResNet18 with the stem for small images."
     return ResNet18(num_classes, width, in_channels)
 
+def resnet_cifar(num_classes: int = 10, width: float = 1.0, in_channels: int = 3,
+                 depth: int = 44) -> ResNetCifar:
+    "The thin, deep residual network of He et al. for small images; `depth` is 6n + 2."
+    return ResNetCifar(num_classes, width, in_channels, depth)
+
 def mobilenet_v1(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> MobileNetV1:
     "MobileNet for small images: 27 convolutions, 13 of them depthwise."
     return MobileNetV1(num_classes, width, in_channels)
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = dict(
     simcnn=simcnn, rescnn=rescnn, vgg16_bn=vgg16_bn, resnet18=resnet18, mobilenet=mobilenet,
-    mobilenet_v1=mobilenet_v1)
+    mobilenet_v1=mobilenet_v1, resnet_cifar=resnet_cifar)
 
 # %% ../nbs/03_networks/01_networks.ipynb #9b028827
 def _check_options(

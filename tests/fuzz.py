@@ -20,6 +20,7 @@ from mwt import all as mwt
 from mwt.core.checks import NotEnoughMemory, seeded
 from mwt.core.errors import MwtError, TrainingLost
 from mwt.methods.base import make_method
+from mwt.modules.module import as_module
 
 NAMES = ['cat', 'dög ☃', 'owl']
 nan, inf = float('nan'), float('inf')
@@ -68,6 +69,20 @@ def net(classes: int = 3, channels: int = 1) -> nn.Module:
             nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
             nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes))
+
+def residual() -> nn.Module:
+    "Six residual blocks, of which two have a projection."
+    return mwt.create_model('resnet_cifar', 3, .25, 1, seed=0, depth=14)
+
+@cache
+def _residual_module() -> Any:
+    found = residual()
+    mwt.fit(found, data(), 2, show_progress=False)
+    return as_module(found, NAMES, (1, 8, 8), signature=found.signature)
+
+def residual_module() -> Any:
+    "A module with residual blocks that has learned a little."
+    return deepcopy(_residual_module())
 
 def dense() -> nn.Module: return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 

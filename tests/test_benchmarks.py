@@ -73,3 +73,20 @@ def test_speed(name, tmp_path):
     other, *rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert other == dict(kind='cuda') and rows
     assert all(r['kind'] == 'cpu' and r['quick'] and r['torch'] for r in rows)
+
+
+@pytest.mark.slow
+def test_layerwise(tmp_path):
+    "Each part writes rows, one whose package is missing is left out; a second run adds nothing."
+    images, results = unpack_sample(tmp_path), tmp_path/'layerwise.jsonl'
+    run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick', '--depth', '8', '--width', '.25',
+           '--epochs', '1', '--retrain', '1', '--seeds', '0', '--device', 'cpu', '--results', results]
+    said = call('layerwise', *run)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    parts = {r['part'] for r in rows}
+    assert 'damage' in parts and ('shorten' in parts or 'no better than guessing' in said)
+    assert all(f'{part} is left out' in said for part in {'pgd', 'fgsm', 'compress'} - parts)
+    assert all(0 < r['weights'] <= 1 and 0 < r['neurons'] <= 1 for r in rows if r['part'] == 'damage')
+    again = call('layerwise', *run, '--parts', 'damage')
+    assert not again and len(results.read_text().splitlines()) == len(rows)
+    assert '**damage**' in call('layerwise', 'table', '--results', results)

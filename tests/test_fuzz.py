@@ -538,6 +538,47 @@ def _(found: Any, parts: Any, ax: Any = None) -> None:
     assert [t.get_text() for t in found.get_yticklabels()] == NAMES and (ax is None or found is ax)
 
 
+# Layers
+
+@call('similarity', examples=25, needed='model data show_progress',
+      words='network|class|loader|images|data|split|layers|compare|weights|answers', loose=True,
+      model='net() | residual() | module() | residual_module()', data='data().train | data().test | loader()',
+      of="'layers' | 'all' | ['norms', 'activations'] | 'blocks'", passes='1 | np.int64(2)', small='passes',
+      seed='0 | np.int64(3)', show_progress='False', changes='data',
+      odd=dict(model=NETS, data=BAD_JUDGED, of="'layer' | [] | ['all', 1] | ['layers', 'layers']"))
+def _(found: Any, model: nn.Module, **rest: Any) -> None:
+    n = len(found.names)
+    assert found.matrix.shape == (n, n) and len(set(found.names)) == n and repr(found)
+    known = found.matrix.diagonal().nan_to_num(1.)
+    assert torch.allclose(known, torch.ones(n).double())
+    assert (found.matrix.nan_to_num(0.).abs() <= 1 + 1e-9).all()
+
+@call('drop_blocks', examples=25, needed='model blocks', words='network|block|forward pass|weights|layer',
+      model='residual() | residual().eval() | residual().double() | residual_module()',
+      blocks="'stages.0.0' | ['stages.0.1', 'stages.2.1'] | ('stages.0.0', 'stages.0.1')",
+      example_input='None | torch.rand(1, 1, 8, 8)', loose=True,
+      odd=dict(model=NETS, blocks="'stages.1.0' | ['stages.0.0', 'no'] | 'stages' | ['stages.0.0', 0]",
+               example_input='torch.zeros(0, 1, 8, 8) | torch.zeros(1, 2, 8, 8) | torch.zeros(8, 8)'))
+def _(found: nn.Module, model: nn.Module, blocks: Any, **rest: Any) -> None:
+    before, after = weights_of(model), weights_of(found)
+    gone = tuple(f'{name}.' for name in ([blocks] if isinstance(blocks, str) else blocks))
+    assert after.keys() == {k for k in before if not k.startswith(gone)}
+    assert all(torch.equal(t, before[k]) for k, t in after.items()) and found.training == model.training
+    assert answer(found, X.sigmoid()).isfinite().all()
+
+@call('shorten', examples=15, needed='module data epochs show_progress', small='epochs',
+      words='module|class|network|images|loader|data|loss|weights|batch|split|block',
+      module='residual_module()', data='data()', most_lost='.05 | 1 | np.float32(.5) | 0',
+      by="'accuracy' | 'similarity'",
+      epochs='0 | 1', show_progress='False', loose=True, lr='.01',
+      odd=dict(module=NETS, data=BAD_DATA, by="'luck'", lr='1e30 | 0 | -1'))
+def _(found: Any, module: Any, epochs: int, **rest: Any) -> None:
+    short, table = found
+    assert short is not module and short.classes == NAMES and not short.training
+    assert len(weights_of(short)) <= len(weights_of(module)) and len(table) >= 1
+    assert answer(short, X.sigmoid()).isfinite().all()
+
+
 # Files
 
 PATHS = "TMP/'a.safetensors' | str(TMP/'b') | TMP/'new'/'ö ☃.safetensors'"

@@ -220,6 +220,8 @@ def test_small_images_pass(name: str) -> None:
     ('vgg16_bn', dict(hiden=64), "unknown option of vgg16_bn 'hiden'; did you mean 'hidden'"),
     ('vgg16_bn', dict(hidden=0), 'hidden must be a whole number at least 1, not 0'),
     ('vgg16_bn', dict(dropout=1.5), 'dropout must be a number at least 0 and at most 1, not 1.5'),
+    ('resnet_cifar', dict(depth=45), 'depth must be 6n \\+ 2, not 45; take 44 or 50'),
+    ('resnet_cifar', dict(depth=2), 'depth must be a whole number at least 8'),
     ('simcnn', dict(hidden=64), "simcnn has no option 'hidden'; leave it out"),
     ('torchvision/resnet18', dict(hidden=64), "torchvision/resnet18 takes no option 'hidden'")])
 def test_wrong_options_are_refused(name: str, options: dict[str, float], words: str) -> None:

@@ -324,6 +324,13 @@ def plain(self: Batches) -> Batches:
     return self._replace(shuffle=False, augment=None)
 
 @patch
+def shuffled(self: Batches,
+    seed: int = 0, # of the order; the same for as many samples
+) -> Batches:
+    "The same samples in random order, not augmented; complete batches only."
+    return self._replace(shuffle=True, augment=None, seed=seed)
+
+@patch
 def with_batch_size(self: Batches,
     n: int, # images in a batch
 ) -> Batches:

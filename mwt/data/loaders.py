@@ -198,6 +198,13 @@ def plain(self: LoaderBatches) -> LoaderBatches: # itself
     return self
 
 @patch
+def shuffled(self: LoaderBatches,
+    seed: int = 0, # not used: the order is the loader's
+) -> LoaderBatches: # itself
+    "The same batches: order and transforms are the loader's."
+    return self
+
+@patch
 def seed(self: LoaderBatches,
     seed: int, # not used: the order is the loader's
     epoch: int = 0, # epochs already done, when a run is resumed
