@@ -54,7 +54,7 @@ def made(data: ImageData, name: str = 'resnet18', seed: int = 0, **settings: Any
 
 @pytest.fixture(scope='module')
 def trained(data: ImageData) -> Callable[[], ModularModel]:
-    model = made(data)
+    model = made(data, target_flops=.3)         # a tenth of it is what cannot be cut
     fit(model, data, 24, show_progress=False)
     return lambda: copy.deepcopy(model)
 
@@ -63,7 +63,7 @@ def test_the_full_model_keeps_every_kernel(trained: Callable, data: ImageData) -
     model = trained().eval()
     images, _ = data.test.take(16)
     with torch.no_grad(): assert torch.equal(model(images), plain(model)(images))
-    assert model.masks.gates.krr < 0.3 and evaluate(model, data.test) > 0.9
+    assert model.masks.gates.krr < 0.5 and evaluate(model, data.test) > 0.9
 
 
 def test_target_sets_have_statistics_of_their_own(trained: Callable) -> None:
@@ -94,7 +94,7 @@ def test_modules_are_exact_and_take_the_statistics_of_sets(
 def test_everyone_is_a_module_too(trained: Callable, data: ImageData) -> None:
     model = trained()
     whole = extract(model, decompose(model, data.train, show_progress=False), CLASSES)
-    assert count_params(whole) < 0.6 * count_params(plain(model))
+    assert count_params(whole) < 0.8 * count_params(plain(model))
 
 
 def test_a_stopped_run_ends_at_the_same_bits(data: ImageData, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_stopped_run_ends_at_the_same_bits(data: ImageData, tmp_path: Path) ->
 
 
 def test_files(trained: Callable, data: ImageData, tmp_path: Path) -> None:
-    model, other = trained().eval(), made(data, seed=1).eval()
+    model, other = trained().eval(), made(data, seed=1, target_flops=.3).eval()
     load_checkpoint(other, save_checkpoint(model, tmp_path/'model.safetensors'))
     images, labels = data.test.take(16)
     targets = torch.eye(4, dtype=torch.bool)[labels]
