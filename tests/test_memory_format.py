@@ -52,7 +52,8 @@ print('module', .1, difference(module, images.sigmoid(), labels % 2))
 @pytest.mark.parametrize('isa', ['AVX2', pytest.param('DEFAULT', marks=pytest.mark.slow)])
 def test_gradients_are_right(isa: str) -> None:
     env = os.environ | {'ONEDNN_MAX_CPU_ISA': isa, 'OMP_NUM_THREADS': '2'}
-    done = subprocess.run([sys.executable, '-c', SCRIPT], env=env, capture_output=True, text=True, timeout=500)
+    cmd = [sys.executable, '-c', SCRIPT]
+    done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line]
     assert len(lines) == 9

@@ -896,7 +896,8 @@ os.kill(processes[2], signal.SIGKILL)
 ends.append(os.waitpid(processes[2], 0)[1])
 assert all(os.WIFSIGNALED(e) for e in ends), ends
 """
-WORDS = ['train', '--data', 'digits', '--width', '0.1', '--batch-size', '256', '--seed', '1', '--device', 'cpu']
+WORDS = ['train', '--data', 'digits', '--width', '0.1', '--batch-size', '256', '--seed', '1',
+         '--device', 'cpu']
 
 
 @pytest.fixture(scope='module')
