@@ -126,7 +126,7 @@ def cut_out(
     flags = trainable(slim)
     keep_answers_(slim, model.channels, rows)
     names = [classes[r] for r in rows]
-    module = as_module(slim, names, model.input_shape, _cost(model), known)
+    module = as_module(slim, names, model.input_shape, full_cost(model), known)
     check_exact(module, model, masks, rows, _example(module, model))
     return freeze_as_(module, flags)
 
@@ -135,7 +135,7 @@ def _example(module: SlimModule, model: ModularModel) -> Tensor:
     x = model.example()
     return x.sigmoid() if module.takes_pixels else x
 
-def _cost(model: ModularModel) -> dict[str, int]:
+def full_cost(model: ModularModel) -> dict[str, int]:
     "Parameters and flops of the full model."
     whole = model.plain()
     return dict(params=count_params(whole), flops=count_flops(whole, model.example()))
