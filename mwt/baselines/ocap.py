@@ -64,7 +64,7 @@ def needs(
     chosen: OneSet, # a network and a set of classes
     layers: Mapping[str, Tensor], # from `layers_of_its_own`
     images: Tensor, # (images, channels, height, width)
-) -> Tensor: # (units,): from which `keep` on each stays; 0 for what always does
+) -> Tensor: # (units,): from which `keep` on each stays; -1 for what always does
     "Run the network once, and rank its channels."
     net, infos = chosen.model.plain(), chosen.model.channels.infos
     heard: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ def needs(
             heard[name] = least_keep(output)
         layer.register_forward_hook(hear)
     with evaluating(net): net(images.to(chosen.model.input_dtype()))
-    found = torch.zeros(chosen.gates.n_units, device=images.device)
+    found = torch.full((chosen.gates.n_units,), -1., device=images.device)
     for name, units in layers.items(): found[units.to(images.device)] = heard[name].to(found)
     return found
 
@@ -97,7 +97,7 @@ def largest_keep(
     layers: Mapping[str, Tensor], # from `layers_of_its_own`
 ) -> float:
     "The largest `keep` that costs no more than the goal; else the smallest."
-    choices = [*found.unique().tolist(), 2.]
+    choices = [0., *found[found > 0].unique().tolist(), 2.]
     low, high = 0, len(choices) - 1
     while low < high:
         middle = (low + high + 1) // 2
