@@ -42,7 +42,8 @@ def test_quality_goes_on_from_a_trained_network(tmp_path):
     results = tmp_path/'quality.jsonl'
     words = [f'{method},trained=2,epochs=1,amp=0' for method in ('composable', 'plain')]
     call('quality', 'run', '--data', 'digits', '--root', tmp_path, '--preset', 'quick',
-         '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1', '--methods', *words, '--device', 'cpu', '--results', results)
+         '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1', '--methods', *words,
+         '--device', 'cpu', '--results', results)
     modular, plain = [json.loads(line) for line in results.read_text().splitlines()]
     assert [modular['method'], plain['method']] == words and modular['epochs'] == 1
     assert len(list((tmp_path/'trained').iterdir())) == 1, 'both start from one network'
