@@ -6,6 +6,7 @@ Train, decompose, extract and judge, for several networks, methods and seeds.
     python benchmarks/quality.py run --data FOLDER --preset quick   # a minute, to see that it works
     python benchmarks/quality.py run --data FOLDER --preset gpu     # full width, 200 epochs; CUDA
     python benchmarks/quality.py run --data FOLDER --preset ablation
+    python benchmarks/quality.py run --data FOLDER --preset trained # go on from a plain network
     python benchmarks/quality.py table                              # all results as Markdown
 
 The table gives mean and spread over seeds.
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from mwt.core.nets import evaluating
 from mwt.core.timing import time_in_turns
-from mwt.methods.modular import ModularModel, modularize, plain
+from mwt.methods.modular import ModularModel, plain
 from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.modules.parts import Parts
@@ -40,11 +41,11 @@ from mwt.modules.speed import fold_norms
 from mwt.methods.base import METHODS, Method, make_method
 from mwt.measure import count_flops, count_params, evaluate
 from mwt.modules.modularity import jaccard_coupling
-from mwt.networks import create_model
 from mwt.runs.report import environment
 from mwt.train.history import TrainConfig
 from mwt.train.fit import fit
 from results import FOLDER, figure, read
+from trained import modular_network, new_network, trained_network
 
 RESULTS = FOLDER/'quality.jsonl'
 RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
@@ -54,7 +55,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(networks=NETWORKS, methods=BOTH, epochs=10),
     'quick': dict(networks=['simcnn:0.1'], methods=BOTH, epochs=1, batch=128, fives=2),
     'mwt': dict(networks=NETWORKS, methods=['mwt'], epochs=10),
-    'kernels': dict(networks=NETWORKS, methods=['composable,dense=0', 'composable,target_krr=0.27'], epochs=10),
+    'kernels': dict(networks=NETWORKS, epochs=10,
+                    methods=['composable,dense=0', 'composable,target_krr=0.27']),
     'width': dict(networks=[f'{name}:{width}' for width in (.25, .5, 1) for name in ('simcnn', 'resnet18')],
                   methods=BOTH, epochs=10, size=16),
     'deep': dict(networks=['resnet44:1', 'mobilenet_v2:0.5'], methods=BOTH, epochs=10),
@@ -63,17 +65,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         'composable,set_fraction=1', 'composable,distill=0', 'composable,distill=1',
         'composable,separation=0', 'composable,separation=3', 'composable,closed_by=0.5',
         'composable,full_fraction=0', 'composable,target_krr=0.27', 'composable,target_params=0.07']),
+    'trained': dict(networks=NETWORKS, epochs=10, methods=[
+        'plain', *(f'composable,trained=10,epochs={n},lr=0.02' for n in (1, 2, 3)), 'composable']),
     'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'],
                 methods=['plain', 'composable', 'mwt'], epochs=200, batch=512)}
 USUAL: dict[str, Any] = dict(batch=64, fives=20, size=None)
 
 
-def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` for a plain network
-    "A method and the recipe, from words like `mwt`, `composable,full_fraction=0.5,weight_decay=0`."
+def words_of(method: str) -> tuple[str, dict[str, Any]]:
+    "The name of a method, and the numbers that follow it."
     name, *changes = method.split(',')
     if name != 'plain' and name not in METHODS:
         raise SystemExit(f"unknown method {name!r}; known: plain, {', '.join(METHODS)}")
-    given: dict[str, Any] = {k: float(v) for k, v in (c.split('=') for c in changes)}
+    return name, {k: float(v) for k, v in (c.split('=') for c in changes)}
+
+
+def epochs_of(method: str, usual: int) -> tuple[int, int]: # of a plain network before; of the method
+    "For how long is trained: `composable,trained=10,epochs=3` goes on from a plain network of ten epochs."
+    _, given = words_of(method)
+    return int(given.get('trained', 0)), int(given.get('epochs', usual))
+
+
+def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` for a plain network
+    "A method and the recipe, from words like `mwt`, `composable,full_fraction=0.5,weight_decay=0`."
+    name, given = words_of(method)
+    for word in ('trained', 'epochs'): given.pop(word, None)        # `epochs_of` knows them
     for switch in ('amp', 'dense', 'two_roles'):
         if switch in given: given[switch] = bool(given[switch])
     recipe = {f.name: given.pop(f.name) for f in fields(TrainConfig) if f.name in given}
@@ -141,13 +157,13 @@ SIZES = 1, 2, 5, 10, 50         # of target sets
 
 def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: ImageData) -> dict[str, Any]:
     "Train and judge one network."
-    name, width = network.split(':')
-    (masks, recipe), start, cpu = settings_of(method), time.perf_counter(), time.process_time()
-    model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
-    if masks:
-        image = torch.zeros(1, *data.shape)
-        model = modularize(model, data.n_classes, masks, example_input=image, seed=seed)
-    history = fit(model, data, a.epochs, seed=seed, device=data.device,
+    (masks, recipe), (before, epochs) = settings_of(method), epochs_of(method, a.epochs)
+    if before:
+        model, _ = trained_network(a.trained, network, 'plain', None, RECIPE, before, seed, data)
+        if masks: model = modular_network(model, masks, seed, data)
+    else: model = new_network(network, masks, seed, data)
+    start, cpu = time.perf_counter(), time.process_time()
+    history = fit(model, data, epochs, seed=seed, device=data.device,
                   show_progress=a.show_progress, **recipe)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     net = model.net if masks else model
@@ -170,7 +186,8 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
 
 def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[str, Any]:
     "What tells runs apart."
-    about = dict(network=network, method=method, seed=seed, epochs=a.epochs, batch=a.batch)
+    epochs = epochs_of(method, a.epochs)[1]
+    about = dict(network=network, method=method, seed=seed, epochs=epochs, batch=a.batch)
     if a.size: about['size'] = a.size
     return about | dict(data=Path(a.data).name) | settings_of(method)[1]
 
@@ -181,6 +198,7 @@ def run(a: argparse.Namespace) -> None:
         if getattr(a, k) is None: setattr(a, k, v)
     if a.threads: torch.set_num_threads(a.threads)
     data = image_data(a.data, root=a.root, batch_size=a.batch, size=a.size, device=a.device)
+    a.trained = a.trained or Path(a.root)/'trained'
     for seed, network, method in itertools.product(a.seeds, a.networks, a.methods):
         key = key_of(a, network, method, seed)
         if any(all(r.get(k) == v for k, v in key.items()) for r in read(a.results)): continue
@@ -234,6 +252,7 @@ def main() -> None:
     r = sub.add_parser('run')
     r.add_argument('--data', required=True, help='a folder of images, or the name of a data set')
     r.add_argument('--root', default='data', help='decoded images are kept here')
+    r.add_argument('--trained', type=Path, help='plain networks are kept here (default: ROOT/trained)')
     r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
     r.add_argument('--methods', nargs='+',

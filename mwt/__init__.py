@@ -33,6 +33,7 @@ _HOMES = {
     'modules.module': 'SlimModule load_module save_module',
     'modules.extract': 'extract',
     'modules.compose': 'compose fine_tune',
+    'modules.narrow': 'narrow',
     'runs.report': 'Run',
     'layers.edit': 'drop_blocks',
     'layers.similarity': 'similarity',

@@ -58,6 +58,35 @@ def test_quality(methods, tmp_path):
     assert '| simcnn:0.05 | 1 | 128 | composable' in said and '| 1.00 |' in said, 'plain over plain'
 
 
+@pytest.mark.slow
+def test_quality_goes_on_from_a_trained_network(tmp_path):
+    results = tmp_path/'quality.jsonl'
+    words = [f'{method},trained=2,epochs=1,amp=0' for method in ('composable', 'plain')]
+    call('quality', 'run', '--data', 'digits', '--root', tmp_path, '--preset', 'quick',
+         '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1', '--methods', *words,
+         '--device', 'cpu', '--results', results)
+    modular, plain = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [modular['method'], plain['method']] == words and modular['epochs'] == 1
+    assert len(list((tmp_path/'trained').iterdir())) == 1, 'both start from one network'
+
+
+@pytest.mark.slow
+def test_rivals(tmp_path):
+    results = tmp_path/'rivals.jsonl'
+    methods = ['full', 'narrow,rounds=2', 'ocap', 'random', 'thin', 'gradsplitter']
+    run = ['run', '--data', 'digits', '--root', tmp_path, '--preset', 'quick', '--pairs', '1', '--fives', '1',
+           '--seeds', '0', '--device', 'cpu', '--results', results, '--methods', *methods]
+    for _ in range(2): call('rivals', *run)                    # the second time there is nothing left to do
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [r['method'] for r in rows] == [m for m in methods for _ in range(2)]
+    assert all({'accuracy', 'renormed', 'tuned', 'latency_1', 'layers'} <= r.keys() for r in rows)
+    flops = {r['method']: r['flops'] for r in rows if r['n'] == 2}
+    assert flops['full'] > .9
+    assert all(abs(flops['thin'] - flops[m]) < .1 for m in ('narrow,rounds=2', 'random'))
+    said = call('rivals', 'table', '--results', results)
+    assert said.count('\n') == 2 + 2 * len(methods) and '| narrow, rounds=2 |' in said
+
+
 SPEED = ['losses', *(pytest.param(name, marks=pytest.mark.slow) for name in (
     'decompose', 'scaling', 'step', 'latency', 'convert', 'loading', 'end_to_end', 'families'))]
 

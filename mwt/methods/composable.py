@@ -53,7 +53,7 @@ def random_sets(
 class ClassGates(nn.Module):
     "Which units each class uses, and what that was learned from."
     def __init__(self,
-        n_classes: int, # at least 2
+        n_classes: int, # rows: classes, or 1 for a set of classes that share one mask
         kernels: Tensor, # (units,), kernels in each unit
         groups: Tensor, # (units,), from 0: units written by the same layers
         costs: CostTable | None = None, # what counts as size; needed to set the gates
@@ -118,10 +118,11 @@ def relative(self: ClassGates,
 MOST_PAIRS = 128        # of classes that a mean is taken over; of more, an even choice
 
 def class_pairs(
-    n_classes: int, # at least 2
+    n_classes: int, # at least 1
     device: torch.device | str = 'cpu', # where they are wanted
 ) -> Tensor: # (2, pairs), numbers of classes
-    "All pairs of classes, or an even choice of them."
+    "All pairs of classes, or an even choice of them; a single class is paired with itself."
+    if n_classes == 1: return torch.zeros(2, 1, dtype=torch.long, device=device)
     pairs = torch.triu_indices(n_classes, n_classes, 1, device=device)
     return pairs[:, ::-(-pairs.shape[1] // MOST_PAIRS)]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_range
 from ..core.errors import WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
-from ..core.signature import normalise, signature_of
+from ..core.signature import Signature, normalise, signature_of
 from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
 from ..methods.modular import ModularModel, check_modular, fixed_masks
@@ -113,6 +113,33 @@ def masked_logits(
     if not features: return logits[:, rows], logits.abs().max()     # a trace has opened the head
     return logits[:, rows], own_scale(logits, head, features[0])
 
+# %% ../../nbs/08_modules/06_extract.ipynb #aa98294a
+def cut_out(
+    model: ModularModel, # a modular model
+    masks: Mapping[str, Tensor], # masked layer -> (kernels,) boolean, what the module keeps
+    rows: list[int], # the outputs that it keeps, in this order
+    classes: Sequence[str], # names of all outputs of the model
+    known: Signature | None, # what the model takes
+) -> SlimModule: # in eval mode, on the model's device
+    "A module with some kernels and some outputs. Raises `ValueError` for an inexact cut."
+    slim = model.cut(masks)
+    flags = trainable(slim)
+    keep_answers_(slim, model.channels, rows)
+    names = [classes[r] for r in rows]
+    module = as_module(slim, names, model.input_shape, full_cost(model), known)
+    check_exact(module, model, masks, rows, _example(module, model))
+    return freeze_as_(module, flags)
+
+def _example(module: SlimModule, model: ModularModel) -> Tensor:
+    "Images as the module takes them: pixels, or numbers around zero."
+    x = model.example()
+    return x.sigmoid() if module.takes_pixels else x
+
+def full_cost(model: ModularModel) -> dict[str, int]:
+    "Parameters and flops of the full model."
+    whole = model.plain()
+    return dict(params=count_params(whole), flops=count_flops(whole, model.example()))
+
 # %% ../../nbs/08_modules/06_extract.ipynb #238d7e79
 def extract(
     model: ModularModel, # a trained modular model
@@ -127,15 +154,9 @@ def extract(
     check_range('round_to', round_to, 1, integer=True)
     rows = target_rows(parts, classes)
     masks = _masks_to_keep(model, parts, rows, round_to)
-    slim = model.cut(masks)
-    flags = trainable(slim)
-    keep_answers_(slim, model.channels, rows)
-    names = [parts.classes[r] for r in rows]
     known = signature_of(model) or parts.signature
-    module = as_module(slim, names, model.input_shape, _cost(model), known)
-    check_exact(module, model, masks, rows, _example(module, model))
-    module = freeze_as_(module, flags)
-    return freeze_as_(fold_norms(module), flags) if fuse else module
+    module = cut_out(model, masks, rows, parts.classes, known)
+    return freeze_as_(fold_norms(module), trainable(module)) if fuse else module
 
 def _masks_to_keep(
     model: ModularModel, parts: Parts, rows: list[int], round_to: int
@@ -147,13 +168,3 @@ def _masks_to_keep(
         raise WrongValue('round_to: the masks of this method do not belong to layers; '
                          'leave round_to at 1')
     return round_masks(model.channels, masks, joining_order(model, parts, rows), round_to)
-
-def _example(module: SlimModule, model: ModularModel) -> Tensor:
-    "Images as the module takes them: pixels, or numbers around zero."
-    x = model.example()
-    return x.sigmoid() if module.takes_pixels else x
-
-def _cost(model: ModularModel) -> dict[str, int]:
-    "Parameters and flops of the full model."
-    whole = model.plain()
-    return dict(params=count_params(whole), flops=count_flops(whole, model.example()))
