@@ -7,14 +7,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
+import mwt
 from ..core.checks import check_flag, check_range
 from ..core.errors import WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
 from ..core.signature import normalise, signature_of
 from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
+from ..methods.base import describe_method
 from ..methods.modular import ModularModel, check_modular, fixed_masks
-from .module import SlimModule, as_module
+from .module import SlimModule, as_module, note_, note_figures_
 from .parts import Parts, check_parts, target_rows, union_masks
 from .speed import fold_norms, joining_order, round_masks
 
@@ -135,7 +137,16 @@ def extract(
     module = as_module(slim, names, model.input_shape, _cost(model), known)
     check_exact(module, model, masks, rows, _example(module, model))
     module = freeze_as_(module, flags)
-    return freeze_as_(fold_norms(module), flags) if fuse else module
+    if fuse: module = freeze_as_(fold_norms(module), flags)
+    else: module.kept = masks, rows
+    return _with_card_(module, model)
+
+def _with_card_(module: SlimModule, model: ModularModel) -> SlimModule:
+    "Note on the card what a cut knows."
+    versions = dict(mwt=mwt.__version__, torch=str(torch.__version__))
+    method = {k: v for k, v in describe_method(model.method).items() if v is not None}
+    note_(module, method=method, versions=versions)
+    return note_figures_(module, flops=count_flops(module, _example(module, model)))
 
 def _masks_to_keep(
     model: ModularModel, parts: Parts, rows: list[int], round_to: int
