@@ -33,6 +33,9 @@ _HOMES = {
     'modules.module': 'SlimModule load_module save_module',
     'modules.extract': 'extract',
     'modules.compose': 'compose fine_tune',
+    'modules.export': 'export',
+    'modules.mend': 'mend',
+    'modules.budget': 'fit_budget',
     'runs.report': 'Run',
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
