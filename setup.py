@@ -26,7 +26,9 @@ setup(
     package_data={'mwt': ['py.typed']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
+    extras_require={'export': cfg['export_requirements'].split(),
+                    'bench': cfg['bench_requirements'].split(),
+                    'dev': (cfg['dev_requirements'] + ' ' + cfg['export_requirements']).split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

@@ -26,6 +26,9 @@ from .modules.decompose import decompose
 from .modules.module import SlimModule, load_module, save_module
 from .modules.extract import extract
 from .modules.compose import compose, fine_tune
+from .modules.export import export
+from .modules.mend import mend
+from .modules.budget import fit_budget
 from .modules.narrow import narrow
 from .runs.report import Run
 from .layers.edit import drop_blocks

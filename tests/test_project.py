@@ -18,7 +18,8 @@ PUBLIC = set('''
     MwtError Method MwT Composable MODA fit TrainConfig History save_checkpoint load_checkpoint evaluate
     profile
     decompose Parts save_parts load_parts extract SlimModule save_module load_module compose fine_tune
-    narrow plot_masks plot_coupling Table percent Run similarity drop_blocks shorten'''.split())
+    export mend fit_budget narrow
+    plot_masks plot_coupling Table percent Run similarity drop_blocks shorten'''.split())
 
 
 def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in path.relative_to(NBS).parts)

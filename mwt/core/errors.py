@@ -28,6 +28,9 @@ class InUse(MwtError, FileExistsError):
 class WriteFailed(MwtError, OSError):
     "A file that could not be written; `errno` says why."
 
+class NotInstalled(MwtError, ImportError):
+    "A package that only some functions need, and that is not there."
+
 class TrainingLost(MwtError, FloatingPointError):
     "Losses or weights that are no numbers any more."
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
+import mwt
 from ..core.checks import check_flag, check_range
 from ..core.errors import WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
 from ..core.signature import Signature, normalise, signature_of
 from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
+from ..methods.base import describe_method
 from ..methods.modular import ModularModel, check_modular, fixed_masks
-from .module import SlimModule, as_module
+from .module import SlimModule, as_module, note_, note_figures_
 from .parts import Parts, check_parts, target_rows, union_masks
 from .speed import fold_norms, joining_order, round_masks
 
@@ -156,7 +158,16 @@ def extract(
     masks = _masks_to_keep(model, parts, rows, round_to)
     known = signature_of(model) or parts.signature
     module = cut_out(model, masks, rows, parts.classes, known)
-    return freeze_as_(fold_norms(module), trainable(module)) if fuse else module
+    if fuse: module = freeze_as_(fold_norms(module), trainable(module))
+    else: module.kept = masks, rows
+    return _with_card_(module, model)
+
+def _with_card_(module: SlimModule, model: ModularModel) -> SlimModule:
+    "Note on the card what a cut knows."
+    versions = dict(mwt=mwt.__version__, torch=str(torch.__version__))
+    method = {k: v for k, v in describe_method(model.method).items() if v is not None}
+    note_(module, method=method, versions=versions)
+    return note_figures_(module, flops=count_flops(module, _example(module, model)))
 
 def _masks_to_keep(
     model: ModularModel, parts: Parts, rows: list[int], round_to: int

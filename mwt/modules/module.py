@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from ..core.accepted import check_weights
-from ..core.checks import check_range, resolve_device, shown
-from ..core.errors import WrongType, WrongValue
-from ..core.files import describes, load_tensors, save_tensors, shortened
+from ..core.card import card_page, check_card
+from ..core.checks import check_flag, check_range, resolve_device, shown
+from ..core.errors import InUse, WrongType, WrongValue
+from ..core.files import (
+    _checksum, as_path, atomic_write, describes, is_file, load_tensors, save_tensors, shortened)
 from ..core.nets import device_of
 from ..core.signature import (
     Signature, Signed, as_signature, normalise, weights_of, without_signature)
@@ -127,6 +129,8 @@ def check_size(
 # %% ../../nbs/08_modules/04_module.ipynb #50cb7008
 class SlimModule(Signed):
     "A module: a slim network on its own. Made by `extract`, `compose` and `load_module`."
+    kept: tuple[dict[str, Tensor], list[int]] | None = None     # masks and classes of a fresh cut
+
     def __init__(self,
         description: Mapping[str, Any], # classes, input shape, layers, tensors, steps; JSON-able
     ) -> None:
@@ -187,6 +191,11 @@ def takes_pixels(self: SlimModule) -> bool:
 def full(self: SlimModule) -> dict[str, int] | None:
     "Parameters and flops of the full model; `None` where there is no such model."
     return self.description.get('full')
+
+@patch(as_prop=True)
+def card(self: SlimModule) -> dict[str, Any]:
+    "Data, method, figures and versions, as far as they are known; empty in files without a card."
+    return dict(self.description.get('card', {}))
 
 # %% ../../nbs/08_modules/04_module.ipynb #13259187
 def arguments_of(
@@ -295,6 +304,66 @@ def as_module(
     module.load_state_dict(weights, assign=True)
     return module.to(device_of(model)).eval()
 
+# %% ../../nbs/08_modules/04_module.ipynb #6c09fb2e
+FIGURES = 'accuracy', 'flops', 'weights'        # of a card: belong to the weights
+
+def note_(
+    module: SlimModule, # its card is changed
+    **facts: Any, # keys of `KINDS` in the chapter on cards; `None` takes one off
+) -> SlimModule: # the same
+    "Write on a module's card. Raises `ValueError` for what no card holds."
+    card = {k: v for k, v in (module.card | facts).items() if v is not None}
+    check_card(card)
+    module.description['card'] = card
+    return module
+
+def weights_mark(
+    module: SlimModule, # any
+) -> str: # 16 hexadecimal digits
+    "A hash of the weights."
+    tensors = {k: t.detach().cpu().contiguous() for k, t in weights_of(module).items()}
+    return _checksum(tensors, '')[:16]
+
+def note_figures_(
+    module: SlimModule, # its card is changed
+    **figures: Any, # `accuracy`: split -> fraction; `flops`
+) -> SlimModule: # the same
+    "Write figures on a module's card, and which weights they are of."
+    card = current_card(module)
+    accuracy = card.get('accuracy', {}) | figures.pop('accuracy', {})
+    figures['accuracy'] = accuracy or None
+    figures['params'] = sum(p.numel() for p in module.parameters())
+    figures['weights'] = weights_mark(module)
+    return note_(module, **dict.fromkeys(FIGURES) | card | figures)
+
+def current_card(
+    module: SlimModule, # any
+) -> dict[str, Any]: # without figures of other weights
+    "What is known of a module as it is now."
+    card = module.card
+    if 'weights' not in card or card['weights'] == weights_mark(module): return card
+    return {k: v for k, v in card.items() if k not in (*FIGURES, 'params')}
+
+# %% ../../nbs/08_modules/04_module.ipynb #dcf356b6
+def check_page(
+    page: Path, # to be written
+) -> None:
+    "Raises `FileExistsError` where there is a page that is not of a module."
+    if not is_file(page): return
+    if 'library_name: "mwt"' in page.read_text(encoding='utf-8', errors='replace')[:1000]: return
+    raise InUse(f'{page} is there, and not the page of a module; save the module into a folder of '
+                'its own, or leave card out')
+
+def save_page(
+    page: Path, # to be written
+    file: str, # name of the module's file
+    module: SlimModule, # any
+) -> Path: # the page
+    "Write the page of a module."
+    words = card_page(file, module.classes, module.input_shape, module.takes_pixels,
+                      current_card(module))
+    return atomic_write(page, lambda p: p.write_text(words, encoding='utf-8'))
+
 # %% ../../nbs/08_modules/04_module.ipynb #467b0a20
 def check_extracted(
     module: Any, # what was given as a module
@@ -312,10 +381,19 @@ def _kind(thing: Any) -> str:
 def save_module(
     module: SlimModule, # from `extract` or `compose`
     path: str | Path, # ends in `.safetensors`
+    card: bool = False, # write `README.md` beside it, as places where models are shared show it
 ) -> Path: # the path
-    "Write a module to a file, atomically."
+    "Write a module to a file, atomically. Raises `FileExistsError` for a README of another kind."
     check_extracted(module, 'use extract, or as_module for a plain network')
-    return save_tensors(path, 'module', weights_of(module), module.description)
+    check_flag('card', card)
+    path = as_path(path)
+    about = dict(module.description)
+    if 'card' in about: about['card'] = current_card(module)
+    page = path.parent/'README.md'
+    if card: check_page(page)
+    save_tensors(path, 'module', weights_of(module), about)
+    if card: save_page(page, path.name, module)
+    return path
 
 # %% ../../nbs/08_modules/04_module.ipynb #5e4b8cfc
 class CheckedIndices(TorchFunctionMode):
@@ -477,7 +555,7 @@ def changes(module: nn.Module, images: Tensor) -> list[tuple]:
     tensors = [images, *module.parameters(), *module.buffers()]
     return [(t._version, t.shape, t.requires_grad) for t in tensors]
 
-KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full'}
+KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full', 'card'}
 
 def check_facts(
     description: Mapping[str, Any], # of a module
@@ -489,6 +567,7 @@ def check_facts(
     if not names or len(set(classes)) < len(classes):
         raise WrongValue(f"classes must be different names, not {shortened(classes)}")
     as_signature(dict(classes=classes, shape=description['input_shape']))
+    check_card(description.get('card', {}))
     if type(description.get('pixels', False)) is not bool:
         raise WrongValue('pixels must be true or false')
     if full is None: return

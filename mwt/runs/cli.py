@@ -113,7 +113,8 @@ def _kind(
     if plain == 'bool': return dict(action=argparse.BooleanOptionalAction)
     if plain.startswith('Literal'):
         return dict(choices=ast.literal_eval(plain.removeprefix('Literal')))
-    if plain.startswith('Sequence'): return dict(nargs='*')
+    if plain.startswith('Sequence'):
+        return dict(nargs='+' if option.default is MISSING else '*')
     if plain in NUMBERS: return dict(type=NUMBERS[plain], metavar=plain.upper())
     return {}
 
@@ -131,12 +132,12 @@ def _add(
     options: Iterable[Option], # what can be set
     hidden: bool = False, # accept them, but do not show them
 ) -> None:
-    "Give a parser an option for each parameter; sequences are what stands without a flag."
+    "Give a parser an option for each parameter; sequences and a `Path` stand without a flag."
     for option in options:
         flag = option.name.replace('_', '-')
         words = _kind(option) | dict(default=argparse.SUPPRESS)
         words['help'] = argparse.SUPPRESS if hidden else _help(option)
-        if words.get('nargs') == '*':
+        if 'nargs' in words or option.type == 'Path':
             parser.add_argument(option.name, **words)
             continue
         required = option.default is MISSING
@@ -174,7 +175,8 @@ def _train_options(
     _add(parser, others.values(), hidden=True)
 
 # %% ../../nbs/09_runs/06_cli.ipynb #665cfb58
-COMMANDS = ('train', 'decompose', 'extract', 'evaluate', 'report', 'demo')
+COMMANDS = ('train', 'decompose', 'extract', 'evaluate', 'report', 'demo',
+            'list', 'show', 'predict', 'compose', 'fine-tune', 'export')
 DEBUG = Option('debug', 'bool', False, 'show where an error came from')
 
 def parser(
@@ -189,7 +191,7 @@ def parser(
     definitions = {node.name: (node, options)
                    for node, options in read_definitions(PACKAGE/'runs'/'commands.py')}
     for name in COMMANDS:
-        node, options = definitions[f'cmd_{name}']
+        node, options = definitions[f"cmd_{name.replace('-', '_')}"]
         says = ast.get_docstring(node)
         p = commands.add_parser(name, help=says, description=says)
         _add(p, options.values())

@@ -11,14 +11,22 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from ..core.checks import nearest, resolve_device
+from ..core.files import as_json, check_writable
 from ..core.errors import (MwtError, TrainingLost, TrainingStopped, WriteFailed,
                              WrongValue)
 from ..core.processes import processes, rank_and_size
-from ..measure import profile
+from ..data.batches import ImageData
+from ..data.sources import image_data
+from ..measure import evaluate, profile
+from ..modules.compose import fine_tune
+from ..modules.export import export
+from ..modules.library import answers_table, compose_files, facts_table, library, predict
+from ..modules.module import SlimModule, load_module, note_, note_figures_, save_module
 from .demo import demo
 from .report import Run
 
@@ -228,6 +236,85 @@ def cmd_demo(
     print(run.figures())
     print(f"kept in {out}; open {run.path('report')}")
 
+# %% ../../nbs/09_runs/05_commands.ipynb #06361843
+def cmd_list(
+    folder: Path, # with module files, also in its sub-folders
+) -> None:
+    "what the modules of a folder recognise, their size, accuracy and origin"
+    print(library(folder))
+
+def cmd_show(
+    file: Path, # of a module
+    page: bool = False, # write README.md beside it, as places where models are shared show it
+) -> None:
+    "all that is known of a module"
+    module = load_module(file)
+    print(facts_table(module))
+    if page: print(f"described in {save_module(module, file, card=True).parent/'README.md'}")
+
+def cmd_predict(
+    module: Path, # its file
+    images: Sequence[str], # files
+    json: bool = False, # as JSON: a list of image, answer, probabilities
+    device: str | None = None, # 'cpu' or 'cuda'; left out: CUDA where there is one
+) -> None:
+    "what a module says of images: names and probabilities"
+    answers = predict(load_module(module, resolve_device(device)), images)
+    print(as_json(answers, indent=1) if json else answers_table(answers))
+
+def cmd_compose(
+    modules: Sequence[str], # files, of different classes
+    out: str, # file of the new module
+) -> None:
+    "set modules side by side in one"
+    _save(compose_files(modules), out)
+
+def _save(module: SlimModule, out: str) -> None:
+    "Keep a module and say so."
+    print(facts_table(module))
+    print(f'kept in {save_module(module, out)}')
+
+# %% ../../nbs/09_runs/05_commands.ipynb #cf0dc16d
+def cmd_export(
+    module: Path, # its file
+    out: Path, # the file to make, ends in .onnx or .pt2
+    int8: str | None = None, # folder of images, or a named set: weights and activations of 8 bits
+    opset: int = 18, # of .onnx: version of ONNX's operations, 18 to 23
+    root: str = 'data', # downloads and decoded images are kept here
+) -> None:
+    "write a module for programs without mwt: ONNX Runtime, or PyTorch alone"
+    net = load_module(module)
+    images = None if int8 is None else _images(net, int8, root, 'cpu').train
+    path = export(net, out, images, opset)
+    print(f'kept in {path}, {path.stat().st_size:,} bytes')
+
+def cmd_fine_tune(
+    module: Path, # its file
+    data: str, # folder of images of its classes, or a named set
+    out: str, # file of the tuned module
+    epochs: int = 10, # passes over the training images of its classes
+    lr: float | None = None, # peak learning rate; left out: 0.01
+    seed: int = 0, # of split, order and augmentation
+    root: str = 'data', # downloads and decoded images are kept here
+    device: str | None = None, # 'cpu' or 'cuda'; left out: CUDA where there is one
+) -> None:
+    "train a module a little more, on images of its classes"
+    net = load_module(module, resolve_device(device))
+    check_writable(out)
+    images = _images(net, data, root, device, seed)
+    tuned = fine_tune(net, images, epochs, lr=lr, seed=seed)
+    changes = net.card.get('changes', []) + [f'fine-tuned for {epochs} epochs on {Path(data).name}']
+    splits = dict(valid=images.valid, test=images.test)
+    accuracy = {name: evaluate(tuned, split) for name, split in splits.items() if split is not None}
+    note_figures_(note_(tuned, changes=changes), accuracy=accuracy)
+    _save(tuned, out)
+
+def _images(module: SlimModule, source: str, root: str, device: Any, seed: int = 0) -> ImageData:
+    "Images of the size that a module takes."
+    _, height, width = module.input_shape
+    size = height if height == width else None
+    return image_data(source, root, size=size, device=device, seed=seed)
+
 # %% ../../nbs/09_runs/05_commands.ipynb #20667b3a
 EXPECTED = (MwtError, OSError, KeyboardInterrupt)
 
@@ -272,7 +359,7 @@ def run_command(
             if dist.is_torchelastic_launched() and name not in ('train', 'decompose'):
                 raise WrongValue('torchrun is for mwt train and mwt decompose; '
                                  'call the other commands by themselves')
-            globals()[f'cmd_{name}'](**options)
+            globals()[f"cmd_{name.replace('-', '_')}"](**options)
             sys.stdout.flush()
         except BaseException as e:
             if debug: raise

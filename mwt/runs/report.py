@@ -25,7 +25,7 @@ from ..methods.modular import ModularModel, plain
 from ..measure import Profile, evaluate, profiles
 from ..train.history import History, plot_history
 from ..modules.modularity import jaccard_coupling, kernel_retention
-from ..modules.module import load_module
+from ..modules.module import SlimModule, load_module, note_figures_, save_module
 from ..modules.parts import Parts, plot_coupling, plot_masks
 from .run import environment
 from .steps import Run
@@ -116,8 +116,8 @@ def _evaluated(
     data = run.data(device)
     model = run.model(data.device)
     networks = {FULL: model}
-    for name, path in _module_files(run, modules).items():
-        networks[name] = load_module(path, data.device)
+    files = _module_files(run, modules)
+    for name, path in files.items(): networks[name] = load_module(path, data.device)
     if not isinstance(model, ModularModel):
         accuracies = {name: percent(evaluate(net, data.test)) for name, net in networks.items()}
         return Table([dict(network=name, accuracy=found) for name, found in accuracies.items()])
@@ -125,7 +125,16 @@ def _evaluated(
     if run.path('parts').is_file(): found = modularity(run.parts())
     metrics = dict(modularity=found, networks=measure(networks, data, model))
     run.save_metrics(metrics)
+    accuracies = {row['network']: row['accuracy'] for row in metrics['networks']}
+    own = run.folder/'modules'
+    for name, path in files.items():
+        if path.parent == own: _note_accuracy(networks[name], path, accuracies[name])
     return metrics_table(metrics)
+
+def _note_accuracy(module: SlimModule, path: Path, accuracy: float) -> None:
+    "Write the accuracy on test images on the card of a module of the run, and save it."
+    if not module.card or len(module.classes) < 2: return      # of an older version; nothing to tell apart
+    save_module(note_figures_(module, accuracy=dict(test=accuracy)), path)
 
 # %% ../../nbs/09_runs/03_report.ipynb #92f313be
 @patch

@@ -535,6 +535,14 @@ def about(self: Run) -> dict[str, Any]: # what to say beside its figures
     return chosen | dict(epochs=s['epochs'], seed=s['seed']) | s.get('environment', {})
 
 @patch
+def facts(self: Run) -> dict[str, Any]: # for the cards of its modules
+    "Which images, which network, and how it was trained."
+    s = self.settings
+    data = dict(name=Path(s['data']['source']).name, fingerprint=s.get('fingerprint'))
+    training = dict(epochs=s['epochs'], seed=s['seed']) | s.get('config', {})
+    return dict(data=data, model=dict(name=s['model'], width=s['width']), training=training)
+
+@patch
 def table(self: Run) -> Table: # a row a setting, and the files
     "What the run is and what its folder holds."
     found = [name for name in FILES.values() if (self.folder/name).is_file()]

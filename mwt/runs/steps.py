@@ -17,7 +17,7 @@ from ..train.fit import Fit, begin_fit
 from ..train.history import History, TrainConfig
 from ..modules.decompose import decompose
 from ..modules.extract import extract
-from ..modules.module import SlimModule
+from ..modules.module import SlimModule, note_
 from ..modules.parts import Parts, target_rows
 from .run import Run, clear_run_, clear_scraps_, environment, run_folder
 
@@ -121,6 +121,7 @@ def extract(self: Run,
     with self.owned('extracting', shared=True):
         model = self.model(device)
         for group in groups:
-            modules.append(extract(model, parts, group, fuse, round_to))
-            self.save_module(modules[-1])
+            module = extract(model, parts, group, fuse, round_to)
+            modules.append(note_(module, **self.facts()))
+            self.save_module(module)
     return modules
