@@ -4,17 +4,19 @@
 
 # %% ../../nbs/08_modules/06_extract.ipynb #1cecaacc
 from __future__ import annotations
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 import torch
 from torch import Tensor, nn
 from ..core.checks import check_flag, check_range
 from ..core.errors import WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
-from ..core.signature import normalise, signature_of
+from ..core.signature import Signature, normalise, signature_of, weights_of
 from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
 from ..methods.modular import ModularModel, check_modular, fixed_masks
-from .module import SlimModule, as_module
+from .module import SlimModule, as_module, make_origin
 from .parts import Parts, check_parts, target_rows, union_masks
 from .speed import fold_norms, joining_order, round_masks
 
@@ -113,6 +115,49 @@ def masked_logits(
     if not features: return logits[:, rows], logits.abs().max()     # a trace has opened the head
     return logits[:, rows], own_scale(logits, head, features[0])
 
+# %% ../../nbs/08_modules/06_extract.ipynb #d4f09ff1
+def model_id(
+    model: nn.Module, # any network
+) -> str: # 32 hexadecimal digits
+    "What tells a network with these weights from all others."
+    found = hashlib.sha256()
+    for name, t in sorted(weights_of(model).items()):
+        t = t.detach().cpu().contiguous()
+        found.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+        found.update(t.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
+
+def origin_of(
+    model: ModularModel, # a modular model
+    whole: nn.Module, # the network under its masks
+    masks: Mapping[str, Tensor], # masked layer -> (kernels,) boolean, what the module keeps
+    rows: list[int], # the classes that it keeps
+) -> dict[str, Any]: # JSON-able
+    "What a module remembers of the model that it was cut from."
+    def numbers(values: Any) -> Any: return values.tolist() if isinstance(values, Tensor) else values
+    kernels = {name: mask.nonzero()[:, 0].tolist() for name, mask in masks.items()}
+    places = model.masks.places(whole, masks)
+    if places is not None: places = {name: list(map(numbers, dims)) for name, dims in places.items()}
+    return make_origin(model_id(model), rows, kernels, places)
+
+# %% ../../nbs/08_modules/06_extract.ipynb #84bb2099
+def cut_out(
+    model: ModularModel, # a trained modular model
+    masks: Mapping[str, Tensor], # masked layer -> (kernels,) boolean, what the module keeps
+    rows: list[int], # the classes that it keeps, in this order
+    names: Sequence[str], # of these classes
+    known: Signature | None, # what the model takes
+) -> SlimModule: # in eval mode, on the model's device
+    "A module for some classes. Raises `ValueError` for an inexact cut."
+    slim, whole = model.cut(masks), model.plain()
+    flags = trainable(slim)
+    keep_answers_(slim, model.channels, rows)
+    module = as_module(slim, names, model.input_shape, _cost(model, whole), known)
+    check_exact(module, model, masks, rows, _example(module, model))
+    module.description['origin'] = origin_of(model, whole, masks, rows)
+    if getattr(model.method, 'reject', False): module.description['reject'] = True
+    return freeze_as_(module, flags)
+
 # %% ../../nbs/08_modules/06_extract.ipynb #238d7e79
 def extract(
     model: ModularModel, # a trained modular model
@@ -127,15 +172,10 @@ def extract(
     check_range('round_to', round_to, 1, integer=True)
     rows = target_rows(parts, classes)
     masks = _masks_to_keep(model, parts, rows, round_to)
-    slim = model.cut(masks)
-    flags = trainable(slim)
-    keep_answers_(slim, model.channels, rows)
     names = [parts.classes[r] for r in rows]
     known = signature_of(model) or parts.signature
-    module = as_module(slim, names, model.input_shape, _cost(model), known)
-    check_exact(module, model, masks, rows, _example(module, model))
-    module = freeze_as_(module, flags)
-    return freeze_as_(fold_norms(module), flags) if fuse else module
+    module = cut_out(model, masks, rows, names, known)
+    return freeze_as_(fold_norms(module), trainable(module)) if fuse else module
 
 def _masks_to_keep(
     model: ModularModel, parts: Parts, rows: list[int], round_to: int
@@ -153,7 +193,6 @@ def _example(module: SlimModule, model: ModularModel) -> Tensor:
     x = model.example()
     return x.sigmoid() if module.takes_pixels else x
 
-def _cost(model: ModularModel) -> dict[str, int]:
+def _cost(model: ModularModel, whole: nn.Module) -> dict[str, int]:
     "Parameters and flops of the full model."
-    whole = model.plain()
     return dict(params=count_params(whole), flops=count_flops(whole, model.example()))
