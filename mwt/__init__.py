@@ -33,6 +33,7 @@ _HOMES = {
     'modules.module': 'SlimModule load_module save_module',
     'modules.extract': 'extract',
     'modules.compose': 'compose fine_tune',
+    'modules.replace': 'replace_class',
     'runs.report': 'Run',
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -26,6 +26,7 @@ from .modules.decompose import decompose
 from .modules.module import SlimModule, load_module, save_module
 from .modules.extract import extract
 from .modules.compose import compose, fine_tune
+from .modules.replace import replace_class
 from .runs.report import Run
 
 # %% ../nbs/10_all.ipynb #e79787f1
