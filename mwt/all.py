@@ -30,6 +30,7 @@ from .modules.export import export
 from .modules.mend import mend
 from .modules.budget import fit_budget
 from .modules.narrow import narrow
+from .modules.replace import replace_class
 from .runs.report import Run
 from .layers.edit import drop_blocks
 from .layers.similarity import similarity

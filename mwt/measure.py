@@ -165,6 +165,51 @@ def evaluate(
     if not counts.sum(): raise WrongValue('batches must have images of the classes, not none')
     return (counts.diagonal().sum() / counts.sum()).item()
 
+# %% ../nbs/06_measure/01_measure.ipynb #6cbd3eb8
+def auroc(
+    inside: Tensor, # (images,), values that should be high
+    outside: Tensor, # (others,), values that should be low
+) -> float: # in [0, 1]
+    "How often a value of the first kind exceeds one of the second; ties count half."
+    values = torch.cat([inside, outside]).double().cpu()
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    rank = counts.cumsum(0) - (counts - 1) / 2          # equal values share their mean rank
+    n, others = len(inside), len(outside)
+    above = rank[place[:n]].sum() - n * (n + 1) / 2
+    return (above / (n * others)).item()
+
+# %% ../nbs/06_measure/01_measure.ipynb #67f1d8a2
+def rejection(
+    module: nn.Module, # a network that names its classes, usually a module
+    batches: Batches | LoaderBatches | Iterable, # images of its classes and of others
+) -> float: # AUROC in [0, 1]
+    "How well certainty tells own images from others. Raises `ValueError` for data without both."
+    check_is_network(module)
+    check_weights(module)
+    batches = found_batches(module, batches)
+    check_channels(module, batches)
+    known = known_classes(module, batches)
+    own = torch.tensor([c in known for c in batches.classes], device=batches.device)
+    check_shape(signature_of(module), batches)
+    batches = taken_by(batches.plain().shard(0, 1), module)
+    certain, member = [], []
+    with evaluating(module):
+        for images, labels in batches:
+            certain.append(certainty(_logits(module, images, len(known))))
+            member.append(own[labels])
+    certain, member = torch.cat(certain), torch.cat(member)
+    if certain.isnan().any(): raise TrainingLost(f'{type(module).__name__} answers NaN')
+    if 0 < member.sum() < len(member): return auroc(certain[member], certain[~member])
+    raise WrongValue(f"the network tells {known} apart, the data has images of {list(batches.classes)}; "
+                     "rejection needs images of its classes and of others")
+
+def certainty(
+    logits: Tensor, # (batch, classes)
+) -> Tensor: # (batch,)
+    "The largest probability; of one class, whose probability is always 1, its logit."
+    logits = logits.float()
+    return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(1).amax(1)
+
 # %% ../nbs/06_measure/01_measure.ipynb #a97ad9ea
 def count_params(
     model: nn.Module, # any network

@@ -264,6 +264,26 @@ def mobilenet(
     stem[0] = nn.Conv2d(in_channels, stem[0].out_channels, 3, padding=1, bias=False)
     return init_convs(model)
 
+# %% ../nbs/03_networks/01_networks.ipynb #14b036c0
+class LeNet5(nn.Module):
+    "Two convolutions and three linear layers (LeCun et al. 1998)."
+    def __init__(self,
+        num_classes: int = 10, # outputs
+        width: float = 1.0, # multiplier of all kernel numbers
+        in_channels: int = 3, # channels of the images
+    ) -> None:
+        super().__init__()
+        a, b, c, d = (scaled(n, width) for n in (6, 16, 120, 84))
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, a, 5), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True),
+            nn.Conv2d(a, b, 5), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True),
+            nn.AdaptiveAvgPool2d(5), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(25 * b, c), nn.ReLU(), nn.Linear(c, d), nn.ReLU(),
+                                  nn.Linear(d, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
 # %% ../nbs/03_networks/01_networks.ipynb #0b27bde0
 def simcnn(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> SimCNN:
     "SimCNN: 13 convolutions, 14.7 million parameters at full width."
@@ -291,9 +311,13 @@ def mobilenet_v1(num_classes: int = 10, width: float = 1.0, in_channels: int = 3
     "MobileNet for small images: 27 convolutions, 13 of them depthwise."
     return MobileNetV1(num_classes, width, in_channels)
 
+def lenet5(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> LeNet5:
+    "LeNet5: 2 convolutions, 62,006 parameters for ten classes of colour images."
+    return LeNet5(num_classes, width, in_channels)
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = dict(
     simcnn=simcnn, rescnn=rescnn, vgg16_bn=vgg16_bn, resnet18=resnet18, mobilenet=mobilenet,
-    mobilenet_v1=mobilenet_v1, resnet_cifar=resnet_cifar)
+    mobilenet_v1=mobilenet_v1, resnet_cifar=resnet_cifar, lenet5=lenet5)
 
 # %% ../nbs/03_networks/01_networks.ipynb #9b028827
 def _check_options(

@@ -152,7 +152,7 @@ MISFITS = {
                                   "the data has ['one', 'two']; pass data of all its classes"),
     'a module for fewer classes': (lambda s: fine_tune(s.module, s.data.subset(['one', 'three']), 1),
                                    "unknown class 'two'"),
-    'twice the same class': (lambda s: compose([s.module, s.module]),
+    'twice the same class': (lambda s: compose([s.module, s.module], share=False),
                              "class 'one' is in more than one module"),
     'no module': (lambda s: compose([]), 'no module given; compose at least one')}
 

@@ -113,11 +113,11 @@ def test_composed_side_by_side(small: Small, tmp_path: Path) -> None:
     model, parts, x = small
     a = extract(model, parts, [0, 1])
     b = extract(model, parts, [5])
-    both = compose([a, b])
+    both = compose([a, b], share=False)
     assert both.classes == ['class 0', 'class 1', 'class 5']
     with torch.no_grad():
         assert torch.equal(both(x), torch.cat([a(x), b(x)], 1))
-        more = compose([both, extract(model, parts, [9])])              # composed modules compose again
+        more = compose([both, extract(model, parts, [9])], share=False) # composed modules compose again
         assert torch.equal(more(x)[:, :3], both(x))
         assert torch.equal(load_module(save_module(more, tmp_path/'more.safetensors'))(x), more(x))
 
@@ -322,7 +322,7 @@ def test_fast_modules_compose(small: Small) -> None:
     model, parts, x = small
     a, b = [extract(model, parts, c, fuse=True, round_to=4) for c in ([0, 1], [5])]
     both = compose([a, b])
-    later = fold_norms(compose([extract(model, parts, c, round_to=4) for c in ([0, 1], [5])]))
+    later = fold_norms(compose([extract(model, parts, c, round_to=4) for c in ([0, 1], [5])], share=False))
     assert not count(later, nn.BatchNorm2d)
     with torch.no_grad():
         assert torch.equal(both(x), torch.cat([a(x), b(x)], 1))

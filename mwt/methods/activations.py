@@ -175,6 +175,11 @@ def cut(self: ActivationMasks, net: nn.Module, keep: Mapping[str, Tensor],
     return ActivationCut(net.eval(), example, self.is_point, self.left_alone).cut(keep)
 
 @patch
+def places(self: ActivationMasks, net: nn.Module, keep: Mapping[str, Tensor]) -> None:
+    "Its channels are gathered anew in each module, so that weights alone cannot be put together."
+    return None
+
+@patch
 def device(self: ActivationMasks) -> torch.device:
     "Where the network is."
     return next(self.traces[True].parameters()).device

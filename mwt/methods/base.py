@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core.checks import check_choice, nearest
-from ..channels.cut import slice_channels_
+from ..channels.cut import kept_places, slice_channels_
 from ..channels.mapping import ChannelMap
 from ..core.errors import WrongType, WrongValue
 from .points import mask_points, recorded
@@ -73,6 +73,14 @@ def cut(self: Masks,
 ) -> nn.Module: # the slim network in eval mode; computes what the masked one does
     "Cut kernels out of the network."
     return slice_channels_(net, self.channels, keep)
+
+@patch
+def places(self: Masks,
+    net: nn.Module, # the network without masks
+    keep: Mapping[str, Tensor], # masked layer -> (kernels,) boolean: the kernels that were kept
+) -> dict[str, list[Tensor | str | None]] | None: # as `kept_places` says; `None`: nobody knows
+    "Where the weights of a cut network were in the whole one."
+    return kept_places(net, self.channels, keep)
 
 @patch
 def smaller(self: Masks, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]] | None:

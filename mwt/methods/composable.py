@@ -30,23 +30,31 @@ def draw_targets(
     labels: Tensor, # (batch,), integers from 0
     n_classes: int, # at least 2
     full: float, # fraction of the samples that get all classes, 0 to 1
-) -> Tensor: # (batch, classes) boolean, each row holds its label
+    outsiders: float = 0., # fraction of the others whose set lacks their own class, 0 to 1
+) -> Tensor: # (batch, classes) boolean; the row of an outsider does not hold its label
     "A random target set for each sample."
     batch, device = len(labels), labels.device
     octaves = math.log2(n_classes + 1) - 1
     size = torch.exp2(1 + torch.rand(batch, device=device) * octaves).floor()
     everyone = torch.rand(batch, device=device) < full
     size = torch.where(everyone, n_classes, size).long().clamp(2, n_classes)
-    return random_sets(labels, size, n_classes)
+    if not outsiders: return random_sets(labels, size, n_classes)
+    outside = (torch.rand(batch, device=device) < outsiders) & ~everyone
+    return random_sets(labels, size, n_classes, outside)
 
 def random_sets(
     labels: Tensor, # (batch,), integers from 0
     size: Tensor, # (batch,), from 1 to `n_classes`
     n_classes: int, # at least 2
+    outside: Tensor | None = None, # (batch,) boolean: sets without the sample's own class
 ) -> Tensor: # (batch, classes) boolean
-    "A random set of the given size for each sample, with the sample's class in it."
+    "A random set of the given size for each sample, with the sample's class in it or without."
     rank = torch.rand(len(labels), n_classes, device=labels.device)
-    rank = rank.scatter(1, labels[:, None], -1.)       # the label always comes first
+    if outside is None: own = -1.                       # the label always comes first
+    else:                                               # or last
+        own = torch.where(outside, 2., -1.)[:, None]
+        size = torch.where(outside, size.clamp_max(n_classes - 1), size)
+    rank = rank.scatter(1, labels[:, None], own)
     return rank <= rank.sort(1).values.gather(1, size[:, None] - 1)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #244713f6
@@ -69,13 +77,15 @@ class ClassGates(nn.Module):
         self.register_buffer('groups', groups, persistent=False)
         self.learning = True                    # frozen gates need no gradient
         self.mask: Tensor | None = None         # of the running step; gates learn from its gradient
+        self.targets: Tensor | None = None      # the target sets that it was made of
 
     def forward(self, targets: Tensor | None = None) -> Tensor:
         "The mask of each target set, (batch or 1, units + 1); the last one is 1, for what stays."
         with torch.autocast(self.gates.device.type, enabled=False):    # gates learn in full precision
             mask = F.pad(union(self.gates, targets), (0, 1), value=1.)
         watched = self.learning and self.training and targets is not None
-        if watched and torch.is_grad_enabled(): self.mask = mask.requires_grad_()
+        if watched and torch.is_grad_enabled():
+            self.mask, self.targets = mask.requires_grad_(), targets
         return mask
 
     def opened(self) -> Tensor: # (units,) boolean
@@ -98,11 +108,12 @@ def observe(self: ClassGates,
     "Learn from the gradient of the last step. Its loss must be a mean over the rows of the mask."
     squares = (self.mask.grad[:, :-1] * len(labels)).square().to(self.scores)
     squares = F.pad(squares, (0, 1), value=1.)                  # the last column counts the samples
+    squares = squares * self.targets.gather(1, labels[:, None]) # outsiders count nothing
     found = global_sum(class_sums(squares, labels, len(self.scores)))
     squares, counts = found.split([self.n_units, 1], 1)
     weight = (1 - decay) * (counts > 0)             # a class without a sample keeps its scores
     self.scores.mul_(1 - weight).add_(squares.mul_(weight / counts.clamp_min(1)))
-    self.mask = None
+    self.mask = self.targets = None
 
 # %% ../../nbs/05_methods/09_composable.ipynb #6cb285c9
 @patch
@@ -240,6 +251,7 @@ class Composable(Method, name='composable'):
     set_fraction: float = 0.5   # dense: of each batch that trains target sets too, above 0, at most 1
     distill: float = 0.5        # dense: share of the full model's answer in what sets learn, 0 to 1
     two_roles: bool = True      # not dense: with frozen gates each image trains full model and target set
+    reject: bool = False        # target sets learn to doubt images of other classes; three classes at least
     skip_first: bool = False    # leave the first convolution unmasked
     renamed: ClassVar[dict[str, str]] = dict(
         full='full_fraction', start='close_from', end='closed_by', memory='decay', twice='two_roles')
@@ -257,6 +269,7 @@ class Composable(Method, name='composable'):
         check_flag('two_roles', self.two_roles)
         check_flag('dense', self.dense)
         check_flag('skip_first', self.skip_first)
+        check_flag('reject', self.reject)
         if self.decay == 1:
             raise WrongValue(f"decay must be a number at least 0 and below 1, not {self.decay!r}")
         own_numbers_(self)
@@ -304,6 +317,9 @@ def choose(self: Composable, channels: ChannelMap) -> ChannelMap:
 @patch
 def attach(self: Composable, net: nn.Module, channels: ChannelMap, n_classes: int,
            example: Tensor) -> Masks:
+    if self.reject and n_classes < 3:
+        raise WrongValue(f'reject=True needs at least 3 classes, not {n_classes}: a set of two has to '
+                         'leave one out')
     unit_of_channel, kernels, groups = number_units(channels)
     name, target = self.target()
     costs = cost_table(net, channels, unit_of_channel, example, name.removeprefix('target_'))
@@ -336,6 +352,45 @@ def ready(self: Composable, progress: float) -> bool:
     "Are the gates frozen by now? Only then can the model be judged."
     return progress >= self.closed_by and progress > 0
 
+# %% ../../nbs/05_methods/09_composable.ipynb #9240546b
+OUTSIDERS = 1 / 3       # of the target sets that are not all classes
+
+def wanted_answers(
+    labels: Tensor, # (batch,), integers from 0
+    targets: Tensor, # (batch, classes) boolean
+    teacher: Tensor | None = None, # (batch, classes) logits of the full model for the same images
+    share: float = 0., # of the teacher's answer, 0 to 1
+) -> Tensor: # (batch, classes), each row sums to 1
+    "What target sets should answer: the label, or nothing in particular."
+    own = labels[:, None] == torch.arange(targets.shape[1], device=labels.device)
+    inside = targets.gather(1, labels[:, None])
+    uniform = targets / targets.sum(1, keepdim=True)
+    wanted = own.to(uniform.dtype)
+    if teacher is not None:
+        taught = teacher.detach().float().masked_fill(~targets, float('-inf')).softmax(1)
+        wanted = torch.lerp(wanted, taught, share)
+    return torch.where(inside, wanted, uniform)
+
+# %% ../../nbs/05_methods/09_composable.ipynb #8ca9b2b4
+def set_loss(
+    answers: Tensor, # (batch, classes) logits of target sets
+    targets: Tensor, # (batch, classes) boolean
+    wanted: Tensor, # (batch, classes), from `wanted_answers`
+) -> Tensor: # scalar
+    "Cross-entropy between wanted answers and those among the classes of target sets."
+    among = answers.float().masked_fill(~targets, float('-inf')).log_softmax(1)
+    return -(wanted * among.masked_fill(~targets, 0.)).sum(1).mean()
+
+def set_accuracy(
+    answers: Tensor, # (batch, classes) logits of target sets
+    targets: Tensor, # (batch, classes) boolean
+    labels: Tensor, # (batch,), integers from 0
+) -> Tensor: # scalar in [0, 1]
+    "The fraction of the images whose class is in their set that get it right."
+    right = answers.masked_fill(~targets, float('-inf')).argmax(1) == labels
+    inside = targets.gather(1, labels[:, None]).sum()
+    return right.sum() / inside.clamp_min(1)
+
 # %% ../../nbs/05_methods/09_composable.ipynb #91d63b7f
 @patch
 def targets(self: Composable,
@@ -347,7 +402,8 @@ def targets(self: Composable,
     full = 1 - (1 - self.full_fraction) * progress
     if self.two_roles and self.ready(progress): full = 0.       # it has a role of its own then
     if self.dense: full = self.full_fraction                    # of sets with all classes
-    return own_rows(draw_targets(global_rows(labels), n_classes, full))
+    outsiders = OUTSIDERS if self.reject else 0.
+    return own_rows(draw_targets(global_rows(labels), n_classes, full, outsiders))
 
 @patch
 def training_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tensor,
@@ -361,20 +417,12 @@ def training_loss(self: Composable, model: nn.Module, images: Tensor, labels: Te
         roles = 2
         targets = torch.cat([torch.ones_like(targets), targets])
         images, labels = torch.cat([images, images]), torch.cat([labels, labels])
-    logits = model(images, targets).float().masked_fill(~targets, float('-inf'))
-    loss, logged = cross_entropy(logits, labels)
-    return roles * loss, logged | dict(krr=gates.krr)
+    answers = model(images, targets)
+    loss = set_loss(answers, targets, wanted_answers(labels, targets))
+    accuracy = set_accuracy(answers.detach(), targets, labels)
+    return roles * loss, dict(cross_entropy=loss.detach(), train_accuracy=accuracy, krr=gates.krr)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #beed0993
-def set_distance(
-    answers: Tensor, # (batch, classes) logits of target sets, -inf outside of them
-    teacher: Tensor, # (batch, classes) logits of the full model for the same images
-    targets: Tensor, # (batch, classes) boolean
-) -> Tensor: # scalar
-    "Cross-entropy between what the full model answers among the classes of a set, and the set's answer."
-    wanted = teacher.detach().float().masked_fill(~targets, float('-inf')).softmax(1)
-    return -(wanted * answers.log_softmax(1).masked_fill(~targets, 0.)).sum(1).mean()
-
 def even_choice(
     n: int, # images of a batch
     fraction: float, # of them, above 0, at most 1
@@ -397,10 +445,8 @@ def dense_loss(self: Composable, model: nn.Module, images: Tensor, labels: Tenso
     rows = even_choice(len(labels), self.set_fraction, labels.device)
     labels, images, logits = labels[rows], images[rows], logits[rows]
     targets = self.targets(labels, model.n_classes, progress)
-    answers = model(images, targets).float().masked_fill(~targets, float('-inf'))
-    hard = F.cross_entropy(answers, labels)
-    soft = set_distance(answers, logits, targets)
-    return loss + (1 - self.distill) * hard + self.distill * soft, logged
+    wanted = wanted_answers(labels, targets, logits, self.distill)
+    return loss + set_loss(model(images, targets), targets, wanted), logged
 
 # %% ../../nbs/05_methods/09_composable.ipynb #676dff54
 SET_EVERY = 8       # steps; scores change slowly, and to compare all of them takes time

@@ -401,7 +401,7 @@ class InnerNetwork:
 def release(self: SharedMasks) -> None:
     "Let go of the last step's mask, which holds on to the step."
     self.current.mask = None
-    self.gates.mask = None
+    self.gates.mask = self.gates.targets = None
 
 @patch
 def smaller(self: SharedMasks, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]] | None:

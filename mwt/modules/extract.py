@@ -4,19 +4,21 @@
 
 # %% ../../nbs/08_modules/06_extract.ipynb #1cecaacc
 from __future__ import annotations
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 import torch
 from torch import Tensor, nn
 import mwt
 from ..core.checks import check_flag, check_range
 from ..core.errors import WrongValue
 from ..core.nets import copy_of, evaluating, freeze_as_, trainable
-from ..core.signature import Signature, normalise, signature_of
+from ..core.signature import Signature, normalise, signature_of, weights_of
 from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
 from ..methods.base import describe_method
 from ..methods.modular import ModularModel, check_modular, fixed_masks
-from .module import SlimModule, as_module, note_, note_figures_
+from .module import SlimModule, as_module, make_origin, note_, note_figures_
 from .parts import Parts, check_parts, target_rows, union_masks
 from .speed import fold_norms, joining_order, round_masks
 
@@ -115,21 +117,47 @@ def masked_logits(
     if not features: return logits[:, rows], logits.abs().max()     # a trace has opened the head
     return logits[:, rows], own_scale(logits, head, features[0])
 
+# %% ../../nbs/08_modules/06_extract.ipynb #d4f09ff1
+def model_id(
+    model: nn.Module, # any network
+) -> str: # 32 hexadecimal digits
+    "What tells a network with these weights from all others."
+    found = hashlib.sha256()
+    for name, t in sorted(weights_of(model).items()):
+        t = t.detach().cpu().contiguous()
+        found.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+        found.update(t.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
+
+def origin_of(
+    model: ModularModel, # a modular model
+    whole: nn.Module, # the network under its masks
+    masks: Mapping[str, Tensor], # masked layer -> (kernels,) boolean, what the module keeps
+    rows: list[int], # the classes that it keeps
+) -> dict[str, Any]: # JSON-able
+    "What a module remembers of the model that it was cut from."
+    def numbers(values: Any) -> Any: return values.tolist() if isinstance(values, Tensor) else values
+    kernels = {name: mask.nonzero()[:, 0].tolist() for name, mask in masks.items()}
+    places = model.masks.places(whole, masks)
+    if places is not None: places = {name: list(map(numbers, dims)) for name, dims in places.items()}
+    return make_origin(model_id(model), rows, kernels, places)
+
 # %% ../../nbs/08_modules/06_extract.ipynb #aa98294a
 def cut_out(
     model: ModularModel, # a modular model
     masks: Mapping[str, Tensor], # masked layer -> (kernels,) boolean, what the module keeps
     rows: list[int], # the outputs that it keeps, in this order
-    classes: Sequence[str], # names of all outputs of the model
+    names: Sequence[str], # of these outputs
     known: Signature | None, # what the model takes
 ) -> SlimModule: # in eval mode, on the model's device
     "A module with some kernels and some outputs. Raises `ValueError` for an inexact cut."
-    slim = model.cut(masks)
+    slim, whole = model.cut(masks), model.plain()
     flags = trainable(slim)
     keep_answers_(slim, model.channels, rows)
-    names = [classes[r] for r in rows]
     module = as_module(slim, names, model.input_shape, full_cost(model), known)
     check_exact(module, model, masks, rows, _example(module, model))
+    module.description['origin'] = origin_of(model, whole, masks, rows)
+    if getattr(model.method, 'reject', False): module.description['reject'] = True
     return freeze_as_(module, flags)
 
 def _example(module: SlimModule, model: ModularModel) -> Tensor:
@@ -157,7 +185,8 @@ def extract(
     rows = target_rows(parts, classes)
     masks = _masks_to_keep(model, parts, rows, round_to)
     known = signature_of(model) or parts.signature
-    module = cut_out(model, masks, rows, parts.classes, known)
+    names = [parts.classes[r] for r in rows]
+    module = cut_out(model, masks, rows, names, known)
     if fuse: module = freeze_as_(fold_norms(module), trainable(module))
     else: module.kept = masks, rows
     return _with_card_(module, model)

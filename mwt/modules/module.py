@@ -539,6 +539,8 @@ def check_runs(
 ) -> None:
     "Raises unless the steps turn images into one number for each class."
     check_facts(module.description)
+    check_origin(module)
+    check_pieces(module.description)
     classes = module.classes
     trial = Trial(module)
     with CheckedIndices(), trial, torch.device('meta'):
@@ -555,7 +557,8 @@ def changes(module: nn.Module, images: Tensor) -> list[tuple]:
     tensors = [images, *module.parameters(), *module.buffers()]
     return [(t._version, t.shape, t.requires_grad) for t in tensors]
 
-KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full', 'card'}
+KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full', 'card', 'origin', 'reject',
+        'parts'}
 
 def check_facts(
     description: Mapping[str, Any], # of a module
@@ -570,8 +573,79 @@ def check_facts(
     check_card(description.get('card', {}))
     if type(description.get('pixels', False)) is not bool:
         raise WrongValue('pixels must be true or false')
+    if type(description.get('reject', False)) is not bool: raise WrongValue('reject must be true or false')
     if full is None: return
     for name in ('params', 'flops'): check_range(f'{name} of the full model', full[name], 0)
+
+# %% ../../nbs/08_modules/04_module.ipynb #fca52df9
+Places = Mapping[str, Sequence[Any]]    # tensor -> for each dimension whole numbers, 'rows' or `None`: all
+
+def make_origin(
+    model: str, # what identifies it
+    rows: Sequence[int], # its classes that the module has, in the module's order
+    kernels: Mapping[str, Sequence[int]], # masked layer -> the kernels that the module kept
+    places: Places | None, # of its weights; `None`: nobody knows
+) -> dict[str, Any]: # JSON-able
+    "What a module remembers of its model."
+    lists: dict[tuple[int, ...], int] = {}
+    def number(values: Any) -> Any:
+        if values is None or isinstance(values, str): return values
+        return lists.setdefault(tuple(values), len(lists))
+    kept = {layer: number(values) for layer, values in kernels.items()}
+    if places is not None: places = {n: [number(v) for v in dims] for n, dims in places.items()}
+    return dict(model=model, rows=list(rows), kernels=kept, places=places, lists=list(map(list, lists)))
+
+# %% ../../nbs/08_modules/04_module.ipynb #865496b4
+def check_origin(
+    module: SlimModule, # its weights may lie on the `meta` device
+) -> None:
+    "Raises `ValueError` for an origin that does not fit the weights."
+    origin = module.description.get('origin')
+    if origin is None: return
+    if not isinstance(origin, dict) or origin.keys() != {'model', 'rows', 'kernels', 'places', 'lists'}:
+        raise WrongValue(f'its origin is {shortened(origin)}')
+    lists, rows, places = origin['lists'], origin['rows'], origin['places'] or {}
+    for numbers in [*lists, rows]:
+        if all(type(n) is int and 0 <= n < 1 << 31 for n in numbers) and len(set(numbers)) == len(numbers): continue
+        raise WrongValue(f'its origin has the places {shortened(numbers)}')
+    sizes = dict(enumerate(map(len, lists))) | dict(rows=len(rows))
+    if len(rows) != len(module.classes) or not isinstance(origin['model'], str):
+        raise WrongValue(f'its origin has {len(rows)} classes, the module {len(module.classes)}')
+    for layer, number in origin['kernels'].items():
+        if number not in range(len(lists)): raise WrongValue(f'{shortened(layer)}: no list {number!r}')
+    weights = weights_of(module)
+    for name, dims in places.items():
+        there = dict(enumerate(weights[name].shape))
+        fits = all(n is None or sizes[n] == there[dim] for dim, n in enumerate(dims))
+        if not fits: raise WrongValue(f'the origin of {name} has another shape')
+
+# %% ../../nbs/08_modules/04_module.ipynb #ac05f462
+PIECE = ('classes', 'input_shape', 'pixels', 'full', 'origin', 'reject')    # what is said of a piece
+
+def check_pieces(
+    description: Mapping[str, Any], # of a module
+) -> None:
+    "Raises `ValueError` for pieces that are none."
+    pieces = description.get('parts', [])
+    if not isinstance(pieces, list): raise WrongValue(f'its parts are {shortened(pieces)}')
+    for piece in pieces:
+        names = {*PIECE, 'used'}
+        if isinstance(piece, dict) and {'classes', 'input_shape', 'used'} <= piece.keys() <= names: continue
+        raise WrongValue(f'one of its parts is {shortened(piece)}')
+
+def without_origin(
+    description: Mapping[str, Any], # of a module
+) -> dict[str, Any]: # of one whose weights are no longer its model's
+    "A description that has forgotten where its weights come from."
+    d = {k: v for k, v in description.items() if k != 'origin'}
+    if 'parts' in d: d['parts'] = [without_origin(piece) for piece in d['parts']]
+    return d
+
+def retrained(
+    description: Mapping[str, Any], # of a module
+) -> dict[str, Any]: # of the same module after a training of its own
+    "A description that has forgotten what only holds for weights as they were cut."
+    return {k: v for k, v in description.items() if k not in ('origin', 'reject', 'parts')}
 
 # %% ../../nbs/08_modules/04_module.ipynb #f85ce586
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

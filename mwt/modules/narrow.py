@@ -153,7 +153,8 @@ def module(self: OneSet) -> SlimModule: # in eval mode, on the network's device
     if known is None:
         given = self.batches.signature
         known = Signature(self.classes, given.shape, given.mean, given.std)
-    return cut_out(self.model, self.kept(), self.rows, self.classes, known)
+    return cut_out(self.model, self.kept(), self.rows,
+                   [self.classes[r] for r in self.rows], known)
 
 # %% ../../nbs/08_modules/12_narrow.ipynb #9f15a665
 def set_loss(

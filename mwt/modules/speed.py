@@ -16,7 +16,7 @@ from ..core.nets import evaluating
 from ..core.signature import weights_of
 from ..methods.modular import ModularModel
 from ..channels.description import describe_layer
-from .module import SlimModule, steps_used
+from .module import SlimModule, steps_used, without_origin
 from .parts import Parts
 
 # %% auto #0
@@ -66,7 +66,7 @@ def fold_norms(
         state |= {f"{conv['target']}.{k}": v for k, v in fused.state_dict().items()}
         renamed[conv['name']] = norm['name']
     steps = _without_norms(d['steps'], renamed)
-    with torch.device('meta'): folded = SlimModule(dict(d, layers=layers, steps=steps))
+    with torch.device('meta'): folded = SlimModule(without_origin(d) | dict(layers=layers, steps=steps))
     folded.load_state_dict({k: state[k].clone() for k in weights_of(folded)}, assign=True)
     for conv, norm in foldable(d):          # a convolution without bias gets that of its norm
         old = module.get_submodule(norm['target']).bias
