@@ -63,7 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     'ablation': dict(networks=['simcnn:0.125'], epochs=5, methods=[
         'plain', 'composable', 'composable,dense=0', 'composable,set_fraction=0.25',
         'composable,set_fraction=1', 'composable,distill=0', 'composable,distill=1',
-        'composable,separation=0', 'composable,separation=3', 'composable,closed_by=0.5',
+        'composable,separation=0', 'composable,separation=3', 'composable,closed_by=0.2',
+        'composable,target_by=0.5',
         'composable,full_fraction=0', 'composable,target_krr=0.27', 'composable,target_params=0.07']),
     'trained': dict(networks=NETWORKS, epochs=10, methods=[
         'plain', *(f'composable,trained=10,epochs={n},lr=0.02' for n in (1, 2, 3)), 'composable']),

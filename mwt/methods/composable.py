@@ -244,8 +244,9 @@ class Composable(Method, name='composable'):
     target_latency: float | dict[str, float] | None = None  # instead: of seconds, measured on this machine
     separation: float = 1.0     # how strongly classes avoid each other's kernels, at least 0
     full_fraction: float = 0.3  # of samples whose target set is all classes
-    close_from: float = 0.1     # fraction of the run after which gates begin to close, 0 to 1
-    closed_by: float = 0.3      # fraction of the run after which they are frozen, from `close_from`
+    close_from: float = 0.05    # fraction of the run after which gates begin to close, 0 to 1
+    target_by: float = 0.2      # fraction of the run after which the target is reached, from `close_from`
+    closed_by: float = 0.5      # fraction of the run after which they are frozen, from `close_from`
     decay: float = 0.995        # of the running mean of squared gradients, 0 to below 1
     dense: bool = True          # the full model keeps all kernels; target sets are trained inside it
     set_fraction: float = 0.5   # dense: of each batch that trains target sets too, above 0, at most 1
@@ -255,7 +256,7 @@ class Composable(Method, name='composable'):
     skip_first: bool = False    # leave the first convolution unmasked
     renamed: ClassVar[dict[str, str]] = dict(
         full='full_fraction', start='close_from', end='closed_by', memory='decay', twice='two_roles')
-    before: ClassVar[dict[str, Any]] = dict(dense=False)
+    before: ClassVar[dict[str, Any]] = dict(dense=False, target_by=1.)
 
     def __post_init__(self) -> None:
         self.check_targets()
@@ -265,6 +266,7 @@ class Composable(Method, name='composable'):
         check_range('set_fraction', self.set_fraction, 0, 1, open_low=True)
         check_range('distill', self.distill, 0, 1)
         check_range('decay', self.decay, 0, 1)
+        check_range('target_by', self.target_by, 0, 1)
         check_range('closed_by', self.closed_by, self.close_from, 1)
         check_flag('two_roles', self.two_roles)
         check_flag('dense', self.dense)
@@ -344,7 +346,8 @@ def way_left(self: Composable,
     progress: float, # fraction of the run that is done, 0 to 1
 ) -> float: # from 1 to 0
     "The fraction of the way from a whole network to the target that is left."
-    left = (self.closed_by - progress) / max(self.closed_by - self.close_from, 1e-9)
+    end = max(self.close_from, min(self.target_by, self.closed_by))
+    left = (end - progress) / max(end - self.close_from, 1e-9)
     return min(1., max(0., left))**3
 
 @patch

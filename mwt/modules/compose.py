@@ -23,7 +23,7 @@ from ..measure import found_batches
 from ..methods.modular import ModularModel, check_modular
 from .module import (
     PIECE, SlimModule, check_extracted, check_runs, make_origin, renamed, retrained)
-from .extract import cut_out, model_id
+from .extract import cut_out, model_id, with_card_
 from ..train.fit import fit
 
 # %% auto #0
@@ -188,7 +188,7 @@ def union_from(
     known = signature_of(model) or modules[0].signature
     cut = cut_out(model, masks, united_rows(modules), united_classes(modules), known)
     union([cut, *modules])              # raises where a module has been trained since
-    return cut
+    return with_card_(cut, model)
 
 def shared(
     modules: Sequence[SlimModule], # of any models

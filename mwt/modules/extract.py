@@ -23,7 +23,7 @@ from .parts import Parts, check_parts, target_rows, union_masks
 from .speed import fold_norms, joining_order, round_masks
 
 # %% auto #0
-__all__ = ['extract']
+__all__ = ['extract', 'with_card_']
 
 # %% ../../nbs/08_modules/06_extract.ipynb #e0b3b566
 def _check_parts(model: ModularModel, parts: Parts) -> None:
@@ -189,9 +189,9 @@ def extract(
     module = cut_out(model, masks, rows, names, known)
     if fuse: module = freeze_as_(fold_norms(module), trainable(module))
     else: module.kept = masks, rows
-    return _with_card_(module, model)
+    return with_card_(module, model)
 
-def _with_card_(module: SlimModule, model: ModularModel) -> SlimModule:
+def with_card_(module: SlimModule, model: ModularModel) -> SlimModule:
     "Note on the card what a cut knows."
     versions = dict(mwt=mwt.__version__, torch=str(torch.__version__))
     method = {k: v for k, v in describe_method(model.method).items() if v is not None}

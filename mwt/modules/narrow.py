@@ -113,7 +113,7 @@ def gates_method(
             raise WrongValue(f'there is no setting {name!r}{nearest(name, TARGETS)} '
                              f"(known: {', '.join(TARGETS)})")
         check_range(name, value, 0, 1, open_low=True)
-    return Composable(**target, dense=False, close_from=0, closed_by=0.75)
+    return Composable(**target, dense=False, close_from=0, target_by=0.75, closed_by=0.75)
 
 # %% ../../nbs/08_modules/12_narrow.ipynb #0e00023e
 def one_set(
