@@ -169,6 +169,7 @@ def test_frozen_weights_stay_frozen(digits: ImageData) -> None:
     with pytest.raises(MwtError, match='nothing to train'): narrow(net, digits, ['3', '7'], epochs=1, **QUICK)
 
 
+@pytest.mark.slow
 def test_narrow_takes_modular_models(digits: ImageData) -> None:
     net = untrained(digits)
     modular, plain = (narrow(m, digits, ['3', '7'], **QUICK) for m in (modularize(net, 10, 'mwt'), net))
@@ -211,6 +212,7 @@ def test_a_class_without_images_is_named(digits: ImageData) -> None:
 
 # Controls
 
+@pytest.mark.slow
 def test_random_kernels_are_as_many_and_others(digits: ImageData) -> None:
     net = untrained(digits)
     one, other = (random_kernels(net, digits, ['3', '7'], seed=s, target_params=.3) for s in (0, 1))
@@ -219,6 +221,7 @@ def test_random_kernels_are_as_many_and_others(digits: ImageData) -> None:
     assert all(.2 < size <= .3 for size in sizes)
 
 
+@pytest.mark.slow
 def test_a_thin_network_is_the_widest_that_fits() -> None:
     most = .2 * count_flops(create_model('simcnn', 2, 1.), torch.zeros(1, 3, 8, 8))
     width = thin_width('simcnn', 2, (3, 8, 8), most)
@@ -256,6 +259,7 @@ def test_ocap_leaves_first_layers_and_streams_whole(digits: ImageData) -> None:
 
 # Magnitude
 
+@pytest.mark.slow
 def test_magnitude_prunes_with_torch_pruning(digits: ImageData) -> None:
     pytest.importorskip('torch_pruning')
     from mwt.baselines.magnitude import magnitude
@@ -331,6 +335,7 @@ def test_more_than_ten_classes_are_refused() -> None:
 
 # Composable training that begins with trained weights
 
+@pytest.mark.slow
 def test_modular_training_goes_on_from_trained_weights(net: nn.Module, digits: ImageData) -> None:
     model = modularize(net, 10)
     assert evaluate(model, digits.test) == evaluate(net, digits.test)
