@@ -67,7 +67,7 @@ def judge(modules: list[SlimModule], data: ImageData, like: nn.Module) -> dict[s
     bare = [without_rejection(m) for m in modules]
     made = dict(before=compose(bare, share=False), calibrated=compose(bare, calibrate=data.valid, share=False))
     if any('reject' in m.description for m in modules):
-        made |= dict(rejection=compose(modules, share=False), both=compose(modules, calibrate=data.valid, share=False))
+        made['rejection'] = compose(modules, share=False)
     found = {name: evaluate(m, data.test) for name, m in made.items()}
     image = torch.rand(1, *data.shape, device=data.device)
     calls = dict(full=partial(like, image), made=partial(made['calibrated'], image))
@@ -112,7 +112,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 COLUMNS = {'best single model': 'best', 'modules on their own classes': 'own', 'composed as they are': 'before',
-           'calibrated': 'calibrated', 'by rejection': 'rejection', 'by rejection, calibrated': 'both', 'AUROC': 'auroc',
+           'calibrated': 'calibrated', 'by rejection': 'rejection', 'AUROC': 'auroc',
            'parameters': 'params', 'FLOPs': 'flops', 'latency': 'latency'}
 
 

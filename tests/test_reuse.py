@@ -107,9 +107,9 @@ def linear(names: list[str], size: int = 4, scale: float = 1., channels: int = 1
     net = Columns()
     with torch.no_grad():
         weight = torch.zeros(len(names), channels, size, size)
-        for i, name in enumerate(names): weight[i, :, :, int(name) * size // 4] = scale * 8 / size
+        for i, name in enumerate(names): weight[i, :, :, int(name) % 4 * size // 4] = scale * 8 / size
         net.head.weight.copy_(weight.flatten(1))
-        net.head.bias.fill_(scale)
+        net.head.bias.fill_(5 * scale)              # a loud module drowns the others
     return as_module(net, names, (channels, size, size), signature=Signature(names, [channels, size, size],
                                                                              [mean] * channels, [.5] * channels))
 
@@ -187,6 +187,7 @@ def test_a_class_of_a_weak_model_is_replaced(tmp_path: Path) -> None:
         columns_of = linear(['0', '1', '2', '3']).head
         weak[1].weight.copy_(columns_of.weight)
         weak[1].weight[3] = 0                   # blind for one class
+        weak[1].bias.copy_(torch.tensor([0., 0., 0., -20.]))
     with pytest.raises(ValueError, match='Sequential does not say its classes'): replace_class(weak, strong, '3', data)
     made = replace_class(weak, strong, '3', data, classes=data.classes)
     assert made.classes == data.classes

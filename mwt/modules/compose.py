@@ -63,7 +63,8 @@ def united_places(
     for name in everything[0]:
         said = origin['places'].get(name, [])
         rows = [n for n, what in enumerate(said) if what == 'rows']
-        found[name] = [united(lists, n in rows) for n, lists in enumerate(zip(*(e[name] for e in everything)))]
+        dims = zip(*(e[name] for e in everything))
+        found[name] = [united(lists, n in rows) for n, lists in enumerate(dims)]
     return found
 
 # %% ../../nbs/08_modules/07_compose.ipynb #320cda76
@@ -115,8 +116,9 @@ def alike(
     first = modules[0].description
     keys = ('steps', 'input_shape', 'pixels')
     def same(d: Mapping[str, Any]) -> bool:
-        return (d['origin']['places'] is not None and all(d.get(k) == first.get(k) for k in keys)
-                and d['layers'].keys() == first['layers'].keys() and d['tensors'].keys() == first['tensors'].keys())
+        named = all(d[k].keys() == first[k].keys() for k in ('layers', 'tensors'))
+        settings = all(d.get(k) == first.get(k) for k in keys)
+        return d['origin']['places'] is not None and named and settings
     return all(same(m.description) for m in modules)
 
 # %% ../../nbs/08_modules/07_compose.ipynb #b372ed57
@@ -152,7 +154,8 @@ def _filled(d: Mapping[str, Any], weights: Mapping[str, Tensor], like: SlimModul
 # %% ../../nbs/08_modules/07_compose.ipynb #2e6e8a95
 def united_classes(modules: Sequence[SlimModule]) -> list[str]:
     "The names of the classes that any module has; modules of one model may not call one by two names."
-    named = {row: name for m in reversed(modules) for row, name in zip(m.description['origin']['rows'], m.classes)}
+    named: dict[int, str] = {}
+    for m in reversed(modules): named |= zip(m.description['origin']['rows'], m.classes)
     return [named[row] for row in united_rows(modules)]
 
 def united_rows(modules: Sequence[SlimModule]) -> list[int]:
@@ -166,7 +169,8 @@ def united_origin(
     "What the union remembers of the model."
     origins = [m.description['origin'] for m in modules]
     first = origins[0]
-    kernels = {layer: united(o['lists'][o['kernels'][layer]] for o in origins) for layer in first['kernels']}
+    kernels = {layer: united(o['lists'][o['kernels'][layer]] for o in origins)
+               for layer in first['kernels']}
     said = {name: [_place(n, numbers) for n, numbers in zip(dims, places[name])]
             for name, dims in first['places'].items()}
     return make_origin(first['model'], united_rows(modules), kernels, said)
@@ -260,7 +264,8 @@ def resized_steps(
     settings = dict(size=list(size), mode='bilinear', antialias=True)
     step = dict(name=new, kind='function', target='F.interpolate', args=[{'step': source}], kwargs=settings)
     other = {name: name for name in [*names, 'x']} | {source: new}
-    rest = [dict(s, args=renamed(s['args'], other), kwargs=renamed(s['kwargs'], other)) for s in steps[first:]]
+    rest = [dict(s, args=renamed(s['args'], other), kwargs=renamed(s['kwargs'], other))
+            for s in steps[first:]]
     return [*steps[:first], step, *rest]
 
 # %% ../../nbs/08_modules/07_compose.ipynb #1d0b1d20
@@ -276,7 +281,8 @@ def score_steps(
              ('_own', 'operator.sub', [{'step': name}, {'step': f'{name}_least'}]),
              ('_doubt', 'operator.add', [{'step': f'{name}_own'}, DOUBT]),
              ('_log', 'torch.log', [{'step': f'{name}_doubt'}])]
-    return [dict(name=name + end, kind='function', target=target, args=args, kwargs={}) for end, target, args in chain]
+    return [dict(name=name + end, kind='function', target=target, args=args, kwargs={})
+            for end, target, args in chain]
 
 def joined_description(
     modules: Sequence[SlimModule], # that fit together
@@ -339,13 +345,17 @@ def assembled(
     "A module of several modules."
     modules = [p.module for p in pieces]
     names = [c for m in modules for c in m.classes]
+    scored = classes is not None and rejecting(pieces)
     classes = names if classes is None else list(classes)
     if len(modules) == 1 and classes == names: return copy.deepcopy(modules[0])
-    d = joined_description(modules, rejecting(pieces))
-    weights = {f'part{i}.{k}': v.clone() for i, m in enumerate(modules) for k, v in weights_of(m).items()}
+    d = joined_description(modules, scored)
+    weights = {}
+    for i, m in enumerate(modules):
+        weights |= {f'part{i}.{k}': v.clone() for k, v in weights_of(m).items()}
     plain = dict(dtype=input_dtype(modules[0]), device=device_of(modules[0]))
     if any(p.scale is not None for p in pieces):
-        weights |= {'scale': _beside(pieces, 'scale', 1.).to(**plain), 'offset': _beside(pieces, 'offset', 0.).to(**plain)}
+        weights['scale'] = _beside(pieces, 'scale', 1.).to(**plain)
+        weights['offset'] = _beside(pieces, 'offset', 0.).to(**plain)
         for name, target in (('scale', 'operator.mul'), ('offset', 'operator.add')):
             then(d, f'with_{name}', target, [with_tensor(d, name, [len(names)], True)])
     if classes != names:
@@ -356,19 +366,23 @@ def assembled(
 def rejecting(pieces: Sequence[Piece]) -> bool:
     "Can all these modules tell images of other classes, each by two outputs or more?"
     modules = [p.module for p in pieces]
-    return len(modules) > 1 and all(m.description.get('reject') and len(m.classes) > 1 for m in modules)
+    bare = len(modules) > 1 and all(p.scale is None for p in pieces)
+    return bare and all(m.description.get('reject') and len(m.classes) > 1 for m in modules)
 
 def _beside(pieces: Sequence[Piece], name: str, usual: float) -> Tensor:
     "Scales or offsets of all outputs."
     given = [(getattr(p, name), len(p.module.classes)) for p in pieces]
-    return torch.cat([torch.full((n,), usual) if t is None else t.detach().float().cpu() for t, n in given])
+    filled = [torch.full((n,), usual) if t is None else t.detach() for t, n in given]
+    return torch.cat([t.float().cpu() for t in filled])
 
 def _facts(pieces: Sequence[Piece], classes: Sequence[str]) -> dict[str, Any]:
     "What is said of a composed module."
     modules = [p.module for p in pieces]
     same = all(m.full == modules[0].full for m in modules)       # cut from equally large models
-    parts = [{k: v for k, v in p.module.description.items() if k in PIECE} | dict(used=list(p.used)) for p in pieces]
-    return dict(classes=list(classes), pixels=modules[0].takes_pixels, full=modules[0].full if same else None, parts=parts)
+    parts = [{k: v for k, v in p.module.description.items() if k in PIECE} | dict(used=list(p.used))
+             for p in pieces]
+    full = modules[0].full if same else None
+    return dict(classes=list(classes), pixels=modules[0].takes_pixels, full=full, parts=parts)
 
 def _standing(d: Mapping[str, Any], weights: Mapping[str, Tensor], modules: Sequence[SlimModule]) -> SlimModule:
     "A module of a description and weights; what was frozen stays so."
@@ -391,7 +405,8 @@ def pieces_of(
             start = at.stop
             found.append(Piece(part, list(about['used'])))
             if 'scale' not in d['tensors']: continue
-            found[-1] = replace(found[-1], scale=module.scale.detach()[at], offset=module.offset.detach()[at])
+            scale, offset = module.scale.detach()[at], module.offset.detach()[at]
+            found[-1] = replace(found[-1], scale=scale, offset=offset)
     return found
 
 def taken_out(
@@ -414,13 +429,17 @@ def taken_out(
     steps.append(dict(name='output', kind='output', target='', args=[renamed(output, names)], kwargs={}))
     about = {k: v for k, v in d['parts'][number].items() if k in PIECE} | dict(steps=steps)
     for kind in ('layers', 'tensors'):
-        about[kind] = {k.removeprefix(f'{prefix}.'): v for k, v in d[kind].items() if k.startswith(f'{prefix}.')}
-    own = {k: v.clone() for k, v in weights_of(module).items() if k.startswith(f'{prefix}.')}
+        about[kind] = under(d[kind], prefix)
     with torch.device('meta'): part = SlimModule(about)
     check_runs(part)
-    part.load_state_dict({k.removeprefix(f'{prefix}.'): v for k, v in own.items()}, assign=True)
-    flags = {k.removeprefix(f'{prefix}.'): v for k, v in trainable(module).items() if k.startswith(f'{prefix}.')}
-    return freeze_as_(part, flags).eval()
+    own = under(weights_of(module), prefix)
+    part.load_state_dict({k: v.clone() for k, v in own.items()}, assign=True)
+    return freeze_as_(part, under(trainable(module), prefix)).eval()
+
+def under(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    "What lies under a path."
+    start = f'{prefix}.'
+    return {k.removeprefix(start): v for k, v in named.items() if k.startswith(start)}
 
 # %% ../../nbs/08_modules/07_compose.ipynb #dc13ea4d
 PER_CLASS = 100     # images that calibrate
@@ -435,7 +454,9 @@ def class_samples(
     if isinstance(data, SplitData): data = data.valid
     batches = found_batches(module, data)
     missing = [c for c in classes if c not in batches.classes]
-    if missing: raise WrongValue(f'the data has no class {missing[0]!r}; calibrate with images of all of {list(classes)}')
+    if missing:
+        raise WrongValue(f'the data has no class {missing[0]!r}; calibrate with images of all of '
+                         f'{list(classes)}')
     check_shape(module.signature, batches)
     batches = taken_by(batches.plain().shard(0, 1), module).subset(list(classes))
     seen, kept = torch.zeros(len(classes), dtype=torch.long, device=batches.device), []
@@ -446,9 +467,11 @@ def class_samples(
         seen += member.sum(0)
         if (seen >= most).all(): break
     for c, n in zip(classes, seen.tolist()):
-        if not n: raise WrongValue(f'the data has no image of class {c!r}; calibrate with images of all classes')
+        if n: continue
+        raise WrongValue(f'the data has no image of class {c!r}; calibrate with images of all classes')
     return torch.cat([images for images, _ in kept]), torch.cat([labels for _, labels in kept])
 
+# %% ../../nbs/08_modules/07_compose.ipynb #fb7f5e3f
 def outputs(
     module: SlimModule, # in any mode
     images: Tensor, # (images, channels, height, width)
