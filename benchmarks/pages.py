@@ -11,14 +11,16 @@ from mwt.measure import count_params
 from mwt.modules.parts import Parts, plot_masks
 
 SETS = (2, 5, 10) # sizes of the sets of classes that modules were cut for
-STYLES = {'composable': ('o', '-', '0.1'), 'mwt': ('s', '--', '0.55')} # marker, line and grey of each method
+MEASURED = 'composable,close_from=0.1,target_by=0.3,closed_by=0.3'      # as `quality.py` calls it
+STYLES = {MEASURED: ('o', '-', '0.1'), 'mwt': ('s', '--', '0.55')} # marker, line and grey of each method
 
 
 def module_rows(rows: Sequence[Row], network: str, method: str) -> list[dict[str, str]]:
     "A row for each size of module: what it keeps, how good it is, and the full model on the same classes."
     found = select(rows, network=network, method=method)
-    about = dict(network=network, method=method.replace(',', ', '), seeds=str(len(found)))
+    about = dict(network=network, method=method.split(',')[0], seeds=str(len(found)))
     return [about | {'classes': str(n), 'parameters kept': mean(found, f'params_{n}'),
+                     'operations': mean(found, f'flops_{n}'),
                      'module': mean(found, f'accuracy_{n}'), 'spread': spread(found, f'accuracy_{n}'),
                      'full model': mean(found, f'full_{n}')} for n in SETS]
 
@@ -31,7 +33,7 @@ def plot_modules(rows: Sequence[Row], network: str, ax: Axes) -> Axes:
         x, y, full = ([statistics.mean(values(found, f'{figure}_{n}')) for n in SETS]
                       for figure in ('params', 'accuracy', 'full'))
         ax.plot(x, full, marker=mark, markerfacecolor='none', linestyle='none', color=colour)
-        ax.plot(x, y, marker=mark, linestyle=line, color=colour, label=method)
+        ax.plot(x, y, marker=mark, linestyle=line, color=colour, label=method.split(',')[0])
         for n, a, b in zip(SETS, x, y):
             ax.annotate(str(n), (a, b), textcoords='offset points', xytext=(5, -11), fontsize=8)
     ax.set(xlabel='parameters kept (%)', ylabel='accuracy (%)', xlim=(0, 110), ylim=(0, 104), title=network)
