@@ -134,7 +134,7 @@ FORGED: dict[str, Callable[[dict], None]] = {
     **{f'step without {key}': drop('steps', 1, key) for key in ('name', 'kind', 'target', 'args', 'kwargs')},
     **{f'{key} is {value!r}': change(key, to=value) for key in KEYS for value in (None, 3, 'x')},
     **{f'layer without {key}': drop('layers', FIRST, key) for key in ('type', 'in_channels', 'kernel_size')},
-    'layer of another size': change('layers', FIRST, 'out_channels', to=5),
+    'layer of another size': change('layers', FIRST, 'out_channels', to=77),
     'layer of a wrong argument': change('layers', FIRST, 'in_channels', to='__import__("os")'),
     'layer of an unknown argument': change('layers', FIRST, 'hook', to='os.system'),
     'layer of a huge size': change('layers', FIRST, 'in_channels', to=2**62),

@@ -480,9 +480,9 @@ def test_gates_close_to_the_target_and_are_frozen(data: ImageData) -> None:
     model = network(kind='composable', target_krr=.2)
     history = fit(model, data, 12, show_progress=False)
     krr = history.series('krr')
-    assert krr[0] > .5 and krr == sorted(krr, reverse=True) and krr[-1] == krr[-2]
+    assert krr[0] > 2 * krr[3] and krr[-1] == krr[-2] == krr[6], 'six of twelve epochs'
     assert module_masks(model.masks.gates.gates)[:, :-1].mean() == pytest.approx(.2, abs=.02)
-    assert history.best_epoch > 3, 'an epoch before the gates were frozen'
+    assert history.best_epoch > 5, 'an epoch before the gates were frozen'
 
 
 def test_gates_are_open_or_closed_and_leave_no_layer_empty(data: ImageData) -> None:

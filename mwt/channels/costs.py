@@ -25,11 +25,12 @@ def layer_flops(
 ) -> tuple[dict[str, int], int]: # by path of the layer; of the whole network
     "The operations of each layer, as PyTorch counts them; a multiplication and an addition are two."
     with evaluating(net), untouched(net), torch.no_grad():
-        with FlopCounterMode(display=False) as counter: net(example[:1])
+        images = torch.cat([example[:1]] * 2)           # some networks cannot do with one
+        with FlopCounterMode(display=False) as counter: net(images)
     root = type(net).__name__
-    found = {name.removeprefix(f'{root}.'): sum(ops.values())
+    found = {name.removeprefix(f'{root}.'): sum(ops.values()) // 2
              for name, ops in counter.get_flop_counts().items()}
-    return found, counter.get_total_flops()
+    return found, counter.get_total_flops() // 2
 
 def layer_params(
     layer: nn.Module, # a layer, or a norm

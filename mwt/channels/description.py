@@ -200,8 +200,8 @@ def layers_and_tensors(
 
 # %% ../../nbs/04_channels/08_description.ipynb #788e7cea
 OWN_STEPS = 'pixel_mean', 'pixel_std', 'normalised'     # of a module that takes pixels
-OWN_ATTRIBUTES = (*OWN_STEPS[:2], 'classes', 'description', 'full', 'input_shape', 'signature',
-                  'takes_pixels')
+OWN_ATTRIBUTES = (*OWN_STEPS[:2], 'card', 'classes', 'description', 'full', 'input_shape',
+                  'signature', 'takes_pixels')
 
 def check_names(
     description: Mapping[str, Any], # of a network: its steps, layers and tensors

@@ -188,7 +188,7 @@ def extract(
     names = [parts.classes[r] for r in rows]
     module = cut_out(model, masks, rows, names, known)
     if fuse: module = freeze_as_(fold_norms(module), trainable(module))
-    else: module.kept = masks, rows
+    else: module._kept = masks, rows
     return with_card_(module, model)
 
 def with_card_(module: SlimModule, model: ModularModel) -> SlimModule:

@@ -161,7 +161,7 @@ def aims_of(
     images: Tensor, # as the module takes them
 ) -> tuple[dict[str, Tensor], Tensor]: # layer -> (rows, outputs) it shall write; (images, classes) logits
     "What the model computes for the outputs that a module has."
-    masks, rows = module.kept
+    masks, rows = module._kept
     kept = outputs_kept(model, masks, rows)
     layers = {name: held_layer(model.net, name) for name in fittable(module) if name in kept}
     logits = []
@@ -206,10 +206,10 @@ def check_mendable(
     model: ModularModel, # that it should be of
 ) -> None:
     "Raises `ValueError` for a module of another model, and for one that does not know its cut."
-    if module.kept is None:
+    if module._kept is None:
         raise WrongValue('this module does not say which kernels of the model it has; mend it right after '
                          'extract (without fuse), before it is saved, folded or composed')
-    masks, rows = module.kept
+    masks, rows = module._kept
     sizes = {name: len(mask) for name, mask in masks.items()}
     if sizes == dict(model.kernels) and max(rows) < model.n_classes: return
     raise WrongValue('this module was cut out of another model; layers, kernels or classes differ')

@@ -129,7 +129,7 @@ def check_size(
 # %% ../../nbs/08_modules/04_module.ipynb #50cb7008
 class SlimModule(Signed):
     "A module: a slim network on its own. Made by `extract`, `compose` and `load_module`."
-    kept: tuple[dict[str, Tensor], list[int]] | None = None     # masks and classes of a fresh cut
+    _kept: tuple[dict[str, Tensor], list[int]] | None = None     # masks and classes of a fresh cut
 
     def __init__(self,
         description: Mapping[str, Any], # classes, input shape, layers, tensors, steps; JSON-able
