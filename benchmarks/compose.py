@@ -4,10 +4,11 @@
     python benchmarks/compose.py run --data FOLDER --preset quick   # a minute, to see that it works
     python benchmarks/compose.py table                              # all results as Markdown
 
-Five models, of other architectures and other seeds, give a module of two classes each (`twos`), or two modules of one
-class (`ones`). `all` models were trained on all ten classes, with and without `reject`; `own` ones only on
-their two classes, so they never saw any other. The modules are composed as they are, by rejection where they have
-it, and calibrated on a hundred validation images a class. Beside it the best single model, chosen on validation images.
+Five models, of other architectures and other seeds, give a module of two classes each (`twos`), or two
+modules of one class (`ones`). `all` models were trained on all ten classes, with and without `reject`; `own`
+ones only on their two classes, so they never saw any other. The modules are composed as they are, by
+rejection where they have it, and calibrated on a hundred validation images a class. Beside it the best single
+model, chosen on validation images.
 
 Every set of five models adds its lines to results/compose.jsonl; those that are there already are skipped.
 """
@@ -38,7 +39,8 @@ from results import FOLDER, figure, read
 
 RESULTS = FOLDER/'compose.jsonl'
 PRESETS: dict[str, dict[str, Any]] = {
-    'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], models=['all', 'all,reject', 'own'], epochs=10, batch=64),
+    'cpu': dict(networks=['simcnn:0.375', 'resnet18:0.25'], models=['all', 'all,reject', 'own'],
+                epochs=10, batch=64),
     'quick': dict(networks=['simcnn:0.1', 'resnet18:0.1'], models=['all,reject', 'own'], epochs=1, batch=128)}
 MODELS = 'all', 'all,reject', 'own'
 
@@ -48,10 +50,10 @@ def trained(a: argparse.Namespace, data: ImageData, number: int, models: str, se
     name, width = a.networks[number % len(a.networks)].split(':')
     seed = 10 * seed + number
     net = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
-    model = modularize(net, data.n_classes, 'composable', example_input=torch.zeros(1, *data.shape), seed=seed,
-                       reject=models.endswith('reject'))
-    fit(model, data, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress, lr=.05, weight_decay=5e-4,
-        warmup=.15)
+    model = modularize(net, data.n_classes, 'composable', example_input=torch.zeros(1, *data.shape),
+                       seed=seed, reject=models.endswith('reject'))
+    fit(model, data, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress,
+        lr=.05, weight_decay=5e-4, warmup=.15)
     return model
 
 
@@ -65,7 +67,8 @@ def without_rejection(module: SlimModule) -> SlimModule:
 def judge(modules: list[SlimModule], data: ImageData, like: nn.Module) -> dict[str, float]:
     "What modules are worth together."
     bare = [without_rejection(m) for m in modules]
-    made = dict(before=compose(bare, share=False), calibrated=compose(bare, calibrate=data.valid, share=False))
+    made = dict(before=compose(bare, share=False),
+                calibrated=compose(bare, calibrate=data.valid, share=False))
     if any('reject' in m.description for m in modules):
         made['rejection'] = compose(modules, share=False)
     found = {name: evaluate(m, data.test) for name, m in made.items()}
@@ -74,7 +77,8 @@ def judge(modules: list[SlimModule], data: ImageData, like: nn.Module) -> dict[s
     with torch.no_grad(): times = time_in_turns(calls, data.device, 20)
     return found | dict(
         params=count_params(made['calibrated']) / count_params(like),
-        flops=count_flops(made['calibrated'], image) / count_flops(like, image), latency=times['made']['ratio'],
+        flops=count_flops(made['calibrated'], image) / count_flops(like, image),
+        latency=times['made']['ratio'],
         own=statistics.mean(evaluate(m, data.test) for m in modules),
         auroc=statistics.mean(rejection(m, data.test) for m in modules))
 
@@ -103,7 +107,8 @@ def run(a: argparse.Namespace) -> None:
     if data.n_classes != 10: raise SystemExit(f'the data has {data.n_classes} classes; ten are needed')
     for seed in a.seeds:
         for models in a.models:
-            key = dict(networks=list(a.networks), models=models, seed=seed, epochs=a.epochs, data=Path(a.data).name)
+            key = dict(networks=list(a.networks), models=models, seed=seed, epochs=a.epochs,
+                       data=Path(a.data).name)
             if any(all(r.get(k) == v for k, v in key.items()) for r in read(a.results)): continue
             rows = one_run(a, data, models, seed)
             about = dict(threads=torch.get_num_threads(), **environment(data.device))
@@ -111,8 +116,9 @@ def run(a: argparse.Namespace) -> None:
             print(key, rows, flush=True)
 
 
-COLUMNS = {'best single model': 'best', 'modules on their own classes': 'own', 'composed as they are': 'before',
-           'calibrated': 'calibrated', 'by rejection': 'rejection', 'AUROC': 'auroc',
+COLUMNS = {'best single model': 'best', 'modules on their own classes': 'own',
+           'composed as they are': 'before', 'calibrated': 'calibrated',
+           'by rejection': 'rejection', 'AUROC': 'auroc',
            'parameters': 'params', 'FLOPs': 'flops', 'latency': 'latency'}
 
 
@@ -134,7 +140,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = p.add_subparsers(dest='command', required=True)
     r = sub.add_parser('run')
-    r.add_argument('--data', required=True, help='a folder of images of ten classes, or the name of a data set')
+    r.add_argument('--data', required=True,
+                   help='a folder of images of ten classes, or the name of a data set')
     r.add_argument('--root', default='data', help='decoded images are kept here')
     r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ..., taken in turns')

@@ -6,8 +6,8 @@
 
 The protocol is MODA's (Ngo et al., ICSE 2026): a strong model knows classes 0 to 4, with all training images.
 A weak one (LeNet5) knows classes 5 to 9 and one of these, from a tenth of the images and without
-augmentation, and is looked at early (under-fitted) and late (over-fitted). A module of the strong model for that one
-class is to help. Four ways, on the same two models:
+augmentation, and is looked at early (under-fitted) and late (over-fitted). A module of the strong model for
+that one class is to help. Four ways, on the same two models:
 
     layer     the weak logit replaced by the module's, a square linear layer behind, 5 epochs (MODA)
     min-max   the weak probability replaced by the module's logit, scaled to [0, 1] (CNNSplitter)
@@ -96,8 +96,9 @@ def linear_layer(x: Tensor, labels: Tensor, n: int, seed: int) -> nn.Linear:
     return layer
 
 
-def ways(weak: dict[str, Tensor], strong: dict[str, Tensor], five: dict[str, Tensor], labels: dict[str, Tensor],
-         span: tuple[float, float], target: int, seed: int) -> Iterator[tuple[str, Tensor, int, float]]:
+def ways(weak: dict[str, Tensor], strong: dict[str, Tensor], five: dict[str, Tensor],
+         labels: dict[str, Tensor], span: tuple[float, float], target: int,
+         seed: int) -> Iterator[tuple[str, Tensor, int, float]]:
     "Of each way: name, answers for the test images, numbers added beside the module's, seconds."
     n = weak['test'].shape[1]
     def put_in(split: str) -> Tensor:
@@ -119,7 +120,8 @@ def ways(weak: dict[str, Tensor], strong: dict[str, Tensor], five: dict[str, Ten
         yield name, found, 2 * n + m['test'].shape[1], time.perf_counter() - start
 
 
-def accuracy(answers: Tensor, labels: Tensor, target: int) -> tuple[float, float]: # of the class, of the others
+def accuracy(answers: Tensor, labels: Tensor,
+             target: int) -> tuple[float, float]: # of the class, of the others
     "How many images of the class, and of the others, are told right."
     right = (answers.argmax(1) == labels).double()
     return right[labels == target].mean().item(), right[labels != target].mean().item()
@@ -131,7 +133,8 @@ def one_target(a: argparse.Namespace, data: ImageData, modules: dict[str, SlimMo
     classes = [*data.classes[5:10], name]
     splits = data.subset(classes)
     few = tenth(splits.train)
-    split = dict(train=few, valid=tenth(splits.valid, min(1., .02 * splits.train.n / splits.valid.n)), test=splits.test)
+    valid = tenth(splits.valid, min(1., .02 * splits.train.n / splits.valid.n))
+    split = dict(train=few, valid=valid, test=splits.test)
     labels = {k: b.plain().labels.cpu() for k, b in split.items()}
     strong, five = ({k: logits(modules[m], b) for k, b in split.items()} for m in (name, 'all'))
     seen = logits(modules[name], data.subset(data.classes[:5]).train)
@@ -141,9 +144,11 @@ def one_target(a: argparse.Namespace, data: ImageData, modules: dict[str, SlimMo
         own, rest = accuracy(known['test'], labels['test'], 5)
         for way, answers, added, seconds in ways(known, strong, five, labels, span, 5, seed):
             target, others = accuracy(answers, labels['test'], 5)
-            module = {'control': 0, 'ours, 5': count_params(modules['all'])}.get(way, count_params(modules[name]))
+            sizes = {'control': 0, 'ours, 5': count_params(modules['all'])}
+            module = sizes.get(way, count_params(modules[name]))
             rows.append(dict(state=state, target=name, way=way, weak_target=own, weak_others=rest,
-                             change_target=target - own, change_others=others - rest, added=added + module, seconds=seconds))
+                             change_target=target - own, change_others=others - rest,
+                             added=added + module, seconds=seconds))
     return rows
 
 
@@ -153,7 +158,8 @@ def strong_modules(a: argparse.Namespace, data: ImageData, network: str, seed: i
     few = data.subset(data.classes[:5])
     net = create_model(name, 5, float(width), data.channels, seed=seed)
     model = modularize(net, 5, 'composable', example_input=torch.zeros(1, *data.shape), seed=seed)
-    fit(model, few, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress, lr=.05, weight_decay=5e-4)
+    fit(model, few, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress,
+        lr=.05, weight_decay=5e-4)
     parts = decompose(model, few.train, show_progress=False)
     return {c: extract(model, parts, [c]) for c in few.classes} | {'all': extract(model, parts, few.classes)}
 
@@ -178,14 +184,17 @@ def run(a: argparse.Namespace) -> None:
 def table(path: Path) -> str:
     "Mean and spread over target classes and seeds; changes in points."
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for r in read(path): groups.setdefault((r['data'], r['network'], r['epochs'], r['state'], r['way']), []).append(r)
-    head = ['data', 'strong', 'epochs', 'weak model', 'way', 'n', 'weak on the class', 'change', 'weak on the others',
-            'change', 'parameters added', 'seconds']
+    for r in read(path):
+        key = r['data'], r['network'], r['epochs'], r['state'], r['way']
+        groups.setdefault(key, []).append(r)
+    head = ['data', 'strong', 'epochs', 'weak model', 'way', 'n', 'weak on the class', 'change',
+            'weak on the others', 'change', 'parameters added', 'seconds']
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for about, rows in groups.items():
         cells = [*map(str, about), str(len(rows))]
         cells += [figure(rows, k) for k in ('weak_target', 'change_target', 'weak_others', 'change_others')]
-        cells += [f"{statistics.mean(r['added'] for r in rows):,.0f}", f"{statistics.mean(r['seconds'] for r in rows):.2f}"]
+        cells.append(f"{statistics.mean(r['added'] for r in rows):,.0f}")
+        cells.append(f"{statistics.mean(r['seconds'] for r in rows):.2f}")
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -194,7 +203,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = p.add_subparsers(dest='command', required=True)
     r = sub.add_parser('run')
-    r.add_argument('--data', required=True, help='a folder of images of ten classes, or the name of a data set')
+    r.add_argument('--data', required=True,
+                   help='a folder of images of ten classes, or the name of a data set')
     r.add_argument('--root', default='data', help='decoded images are kept here')
     r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ... of the strong models')

@@ -483,7 +483,8 @@ def _(found: Any, model: ModularModel, parts: Any, classes: Any, fuse: bool = Fa
 def _(found: Any, modules: Any) -> None:
     assert found.classes == list(dict.fromkeys(c for m in modules for c in m.classes))
     assert answer(found, X.sigmoid()).isfinite().all()
-    if all(len(m.classes) == len(found.classes) for m in modules): assert close(answer(found, X.sigmoid()), answer(modules[0], X.sigmoid()))
+    if all(len(m.classes) == len(found.classes) for m in modules):
+        assert close(answer(found, X.sigmoid()), answer(modules[0], X.sigmoid()))
 
 @call('fine_tune', examples=40, needed='module data epochs show_progress', small='epochs',
       words='module|class|network|images|loader|data|loss|weights|batch|split',

@@ -49,7 +49,8 @@ def test_gates_learn_nothing_from_outsiders() -> None:
         (gates(sets)[:, :4] * torch.arange(4.)).sum(1).mean().backward()
         gates.observe(torch.tensor([0, 2]), decay=0.)
         return gates.scores
-    inside, outside = scores(torch.ones(2, 3, dtype=torch.bool)), scores(torch.tensor([[True] * 3, [True, True, False]]))
+    inside = scores(torch.ones(2, 3, dtype=torch.bool))
+    outside = scores(torch.tensor([[True] * 3, [True, True, False]]))
     assert torch.equal(inside[0], outside[0]) and inside[2].sum() > 0
     assert not outside[2].any(), 'an image whose set lacks its class counts for no class'
 

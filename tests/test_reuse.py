@@ -34,7 +34,8 @@ def model(request: pytest.FixtureRequest) -> ModularModel:
 
 def test_union_from_the_model_is_what_extract_cuts(model: ModularModel, tmp_path: Path) -> None:
     parts = random_parts(model, .4)
-    files = [load_module(save_module(extract(model, parts, c), tmp_path/f'{c[0]}.safetensors')) for c in ([7, 2], [0])]
+    files = [load_module(save_module(extract(model, parts, c), tmp_path/f'{c[0]}.safetensors'))
+             for c in ([7, 2], [0])]
     both, wanted = compose(files, model=model), extract(model, parts, [7, 2, 0])
     assert both.description == wanted.description
     assert torch.equal(answer(both), answer(wanted))
@@ -73,9 +74,11 @@ def test_trained_or_foreign_modules_are_no_union(small: Pair) -> None:
     a, b = (extract(model, parts, c) for c in ([0, 1], [5]))
     changed = copy.deepcopy(b)
     with torch.no_grad(): next(changed.parameters()).add_(1)
-    with pytest.raises(ValueError, match='has been trained since it was cut; give share=False'): compose([a, changed])
+    with pytest.raises(ValueError, match='has been trained since it was cut; give share=False'):
+        compose([a, changed])
     other = modularize(lively(NETWORKS['simcnn'](), seed=1), n_classes=10).eval()
-    with pytest.raises(ValueError, match='none of the modules was cut from this model'): compose([a, b], model=other)
+    with pytest.raises(ValueError, match='none of the modules was cut from this model'):
+        compose([a, b], model=other)
     beside = compose([a, extract(other, parts, [5])])
     assert torch.equal(answer(beside)[:, :2], answer(a))
     fused = extract(model, parts, [5], fuse=True)
@@ -85,7 +88,8 @@ def test_trained_or_foreign_modules_are_no_union(small: Pair) -> None:
 
 @pytest.mark.parametrize('change, says', [
     (lambda o: o['rows'].append(3), 'its origin has'), (lambda o: o['lists'][0].append(-1), 'has the places'),
-    (lambda o: o['places'].update({'head.weight': [0, 0, 0]}), 'head.weight'), (lambda o: o.pop('model'), 'its origin is')],
+    (lambda o: o['places'].update({'head.weight': [0, 0, 0]}), 'head.weight'),
+    (lambda o: o.pop('model'), 'its origin is')],
     ids=['classes', 'places', 'shape', 'model'])
 def test_forged_origin_is_refused(small: Pair, change: object, says: str, tmp_path: Path) -> None:
     module = extract(*small, [0, 1])
@@ -97,7 +101,8 @@ def test_forged_origin_is_refused(small: Pair, change: object, says: str, tmp_pa
 
 # Modules of several models
 
-def linear(names: list[str], size: int = 4, scale: float = 1., channels: int = 1, mean: float = .5) -> SlimModule:
+def linear(names: list[str], size: int = 4, scale: float = 1., channels: int = 1,
+           mean: float = .5) -> SlimModule:
     "A module that answers with the mean of one column of the image for each class."
     class Columns(nn.Module):
         def __init__(self) -> None:
@@ -110,15 +115,16 @@ def linear(names: list[str], size: int = 4, scale: float = 1., channels: int = 1
         for i, name in enumerate(names): weight[i, :, :, int(name) % 4 * size // 4] = scale * 8 / size
         net.head.weight.copy_(weight.flatten(1))
         net.head.bias.fill_(5 * scale)              # a loud module drowns the others
-    return as_module(net, names, (channels, size, size), signature=Signature(names, [channels, size, size],
-                                                                             [mean] * channels, [.5] * channels))
+    signature = Signature(names, [channels, size, size], [mean] * channels, [.5] * channels)
+    return as_module(net, names, (channels, size, size), signature=signature)
 
 
 def columns(samples: int = 80, size: int = 4, n: int = 4) -> Batches:
     "Noise with one bright column, which is the class."
     generator, labels = torch.Generator().manual_seed(0), torch.arange(samples) % n
     images = torch.randint(0, 120, (samples, 1, size, size), generator=generator)
-    for i, label in enumerate(labels.tolist()): images[i, :, :, label * size // 4:(label + 1) * size // 4] += 130
+    for i, label in enumerate(labels.tolist()):
+        images[i, :, :, label * size // 4:(label + 1) * size // 4] += 130
     split = images.byte(), labels
     return from_tensors(split, split, split, [str(c) for c in range(n)], device='cpu', augment=None).test
 
@@ -130,8 +136,10 @@ def test_calibration_brings_modules_to_one_scale(tmp_path: Path) -> None:
     again = compose([quiet, loud], calibrate=data)
     x = data.images.float() / 255
     assert torch.equal(answer(again, x), answer(fair, x)), 'the same every time'
-    assert torch.equal(answer(load_module(save_module(fair, tmp_path/'fair.safetensors')), x), answer(fair, x))
-    for piece, m in zip(pieces_of(fair), (quiet, loud)): assert torch.equal(answer(piece.module, x), answer(m, x))
+    loaded = load_module(save_module(fair, tmp_path/'fair.safetensors'))
+    assert torch.equal(answer(loaded, x), answer(fair, x))
+    for piece, m in zip(pieces_of(fair), (quiet, loud)):
+        assert torch.equal(answer(piece.module, x), answer(m, x))
     assert torch.equal(answer(drop_class(fair, '2'), x), answer(fair, x)[:, [0, 1, 3]])
 
 
@@ -150,7 +158,8 @@ def test_modules_of_several_sizes(tmp_path: Path) -> None:
 
 def test_a_class_in_two_modules_is_the_mean_of_their_scores() -> None:
     a, b, data = linear(['0', '1']), linear(['1', '2'], scale=5.), columns(n=3)
-    with pytest.raises(ValueError, match="class '1' is in more than one module; give calibrate=data"): compose([a, b])
+    with pytest.raises(ValueError, match="class '1' is in more than one module; give calibrate=data"):
+        compose([a, b])
     both, x = compose([a, b], calibrate=data), data.images.float() / 255
     one, two = ([answer(p.module, x) * p.scale + p.offset for p in pieces_of(both)])
     wanted = torch.stack([one[:, 0], (one[:, 1] + two[:, 0]) / 2, two[:, 1]], 1)
@@ -166,15 +175,19 @@ def test_modules_that_reject_are_compared_by_what_is_certain(tmp_path: Path) -> 
     assert torch.allclose(answer(both, x).exp(), wanted + 1e-3, atol=1e-5)
     again = add_class(drop_class(both, '2'), linear(['2']), calibrate=columns())
     assert again.classes == ['0', '1', '3', '2']
-    assert [q.description.get('reject') for q in (load_module(save_module(a, tmp_path/'a.safetensors')), both)] == [True, None]
+    loaded = load_module(save_module(a, tmp_path/'a.safetensors'))
+    assert [q.description.get('reject') for q in (loaded, both)] == [True, None]
 
 
 def test_what_cannot_be_composed() -> None:
     a, data = linear(['0', '1']), columns()
-    with pytest.raises(ValueError, match='images of 1 and 3 channels'): compose([a, linear(['2'], channels=3)])
-    with pytest.raises(ValueError, match="the data has no class '5'"): compose([a, linear(['5'])], calibrate=data)
+    with pytest.raises(ValueError, match='images of 1 and 3 channels'):
+        compose([a, linear(['2'], channels=3)])
+    with pytest.raises(ValueError, match="the data has no class '5'"):
+        compose([a, linear(['5'])], calibrate=data)
     without = data._replace(images=data.images[data.labels != 2], labels=data.labels[data.labels != 2])
-    with pytest.raises(ValueError, match="no image of class '2'"): compose([a, linear(['2'])], calibrate=without)
+    with pytest.raises(ValueError, match="no image of class '2'"):
+        compose([a, linear(['2'])], calibrate=without)
     with pytest.raises(TypeError, match='not an extracted module'): add_class(a, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="'3' is the only class"): drop_class(linear(['3']), '3')
     with pytest.raises(ValueError, match='are classes of the module already'): add_class(a, linear(['1']))
@@ -188,13 +201,17 @@ def test_a_class_of_a_weak_model_is_replaced(tmp_path: Path) -> None:
         weak[1].weight.copy_(columns_of.weight)
         weak[1].weight[3] = 0                   # blind for one class
         weak[1].bias.copy_(torch.tensor([0., 0., 0., -20.]))
-    with pytest.raises(ValueError, match='Sequential does not say its classes'): replace_class(weak, strong, '3', data)
+    with pytest.raises(ValueError, match='Sequential does not say its classes'):
+        replace_class(weak, strong, '3', data)
     made = replace_class(weak, strong, '3', data, classes=data.classes)
     assert made.classes == data.classes
-    before, after = (evaluate(m, data) for m in (as_module(weak, data.classes, data.shape, signature=data.signature), made))
+    unhelped = as_module(weak, data.classes, data.shape, signature=data.signature)
+    before, after = (evaluate(m, data) for m in (unhelped, made))
     assert before <= .76 and after > .9
     x = data.images.float() / 255
-    assert torch.equal(answer(load_module(save_module(made, tmp_path/'made.safetensors')), x), answer(made, x))
-    with pytest.raises(ValueError, match='take a module with this class'): replace_class(made, strong, '2', data)
+    loaded = load_module(save_module(made, tmp_path/'made.safetensors'))
+    assert torch.equal(answer(loaded, x), answer(made, x))
+    with pytest.raises(ValueError, match='take a module with this class'):
+        replace_class(made, strong, '2', data)
     with pytest.raises(ValueError, match='use compose'):
         replace_class(weak, linear(['0']), '0', data.subset(['1', '2', '3']), classes=['1', '2', '3'])

@@ -114,7 +114,8 @@ def test_module_that_takes_normalised_images(tmp_path: Path) -> None:
 def test_pt2_loads_without_mwt(module: SlimModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = export(module, tmp_path/'a.pt2')
     with torch.no_grad(): expected = {n: module(byte_images(n)) for n in (1, 9)}
-    for name in [n for n in sys.modules if n.split('.')[0] == 'mwt']: monkeypatch.setitem(sys.modules, name, None)
+    for name in [n for n in sys.modules if n.split('.')[0] == 'mwt']:
+        monkeypatch.setitem(sys.modules, name, None)
     facts = {'mwt.json': ''}
     program = torch.export.load(path, extra_files=facts).module()
     for n, logits in expected.items(): assert torch.allclose(program(byte_images(n)), logits, atol=1e-5)
@@ -164,7 +165,8 @@ def test_another_answer_is_noticed(error: float) -> None:
     module = untrained(['a', 'b'])
     def run(x: Tensor) -> Tensor: return module(x).detach() + error
     if not error: return exporting.check_same(module, run, 'it')
-    with pytest.raises(ValueError, match='it computes something else'): exporting.check_same(module, run, 'it')
+    with pytest.raises(ValueError, match='it computes something else'):
+        exporting.check_same(module, run, 'it')
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -256,8 +258,10 @@ def test_least_squares_is_exact_where_it_can_be() -> None:
 
 @pytest.mark.parametrize('wrong, says', [
     (dict(ridge=0), 'ridge must be a number above 0'), (dict(most=1), 'most must be'),
-    (dict(images=torch.zeros(4, 3, 8, 8)), 'images must be'), (dict(images=torch.zeros(1, 1, 8, 8)), 'at least 2'),
-    (dict(model=nn.Linear(2, 2)), 'was never modularized'), (dict(module=nn.Linear(2, 2)), 'not an extracted')],
+    (dict(images=torch.zeros(4, 3, 8, 8)), 'images must be'),
+    (dict(images=torch.zeros(1, 1, 8, 8)), 'at least 2'),
+    (dict(model=nn.Linear(2, 2)), 'was never modularized'),
+    (dict(module=nn.Linear(2, 2)), 'not an extracted')],
     ids=['ridge', 'most', 'shape', 'one image', 'model', 'module'])
 def test_wrong_mending(wrong: dict, says: str, trained: tuple, hard: SlimModule) -> None:
     given = dict(module=hard, model=trained[0], images=torch.zeros(4, 1, 8, 8)) | wrong
@@ -295,10 +299,12 @@ def test_no_budget_adds_kernels(trained: tuple, module: SlimModule, data: ImageD
 
 
 def test_impossible_budget_says_what_is_possible(trained: tuple) -> None:
-    with pytest.raises(ValueError, match='smallest possible is (.+)') as e: fit_budget(*trained, CLASSES, params=5)
+    with pytest.raises(ValueError, match='smallest possible is (.+)') as e:
+        fit_budget(*trained, CLASSES, params=5)
     smallest = int(str(e.value).split()[-1])
     assert fit_budget(*trained, CLASSES, params=smallest, points=2).rows[0]['chosen']
-    with pytest.raises(ValueError, match='smallest possible'): fit_budget(*trained, CLASSES, params=smallest - 1)
+    with pytest.raises(ValueError, match='smallest possible'):
+        fit_budget(*trained, CLASSES, params=smallest - 1)
 
 
 @pytest.mark.parametrize('wrong, says', [
@@ -419,7 +425,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     'no file': (['show', 'no.safetensors'], 'no module at no.safetensors'),
     'no image': (['predict', 'a.safetensors', 'a.safetensors'], 'a.safetensors is not a readable image'),
     'missing image': (['predict', 'a.safetensors', 'no.png'], 'no image no.png'),
-    'same class': (['compose', 'a.safetensors', 'a.safetensors', '--out', 'c.safetensors'], "class 'cat' is in"),
+    'same class': (['compose', 'a.safetensors', 'a.safetensors', '--out', 'c.safetensors'],
+                   "class 'cat' is in"),
     'suffix': (['export', 'a.safetensors', 'a.tflite'], 'path must end in .onnx or .pt2'),
     'no data': (['fine-tune', 'a.safetensors', '--data', 'digitz', '--out', 'c.safetensors'], "'digitz'")}
 

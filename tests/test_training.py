@@ -772,7 +772,8 @@ old_file = pytest.mark.parametrize('method', OLD)
 def old(method: str) -> tuple[nn.Module, Path]:
     "A network like the one in the files, and where they are."
     net = create_model(OLD[method], 10, .0625, 1, seed=0)
-    settings = dict(dense=False, target_krr=.15, close_from=.1, target_by=1.) if method == 'composable' else {}
+    settings: dict[str, Any] = {}
+    if method == 'composable': settings = dict(dense=False, target_krr=.15, close_from=.1, target_by=1.)
     return modularize(net, 10, method, seed=0, **settings), ROOT/'tests'/'fixtures'/'0.1.0'/method
 
 
@@ -788,7 +789,8 @@ def test_old_checkpoint_answers_the_same(method: str) -> None:
 def test_old_checkpoint_for_a_network_of_todays_settings() -> None:
     _, folder = old('composable')
     model = modularize(create_model(OLD['composable'], 10, .0625, 1, seed=0), 10)
-    with pytest.raises(ValueError, match='it was made with target_krr=0.15, close_from=0.1, target_by=1.0, dense=False'):
+    says = 'it was made with target_krr=0.15, close_from=0.1, target_by=1.0, dense=False'
+    with pytest.raises(ValueError, match=says):
         load_checkpoint(model, folder/'model.safetensors')
 
 
