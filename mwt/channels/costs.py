@@ -82,7 +82,9 @@ def price(self: CostTable,
     "What one unit more, or less, costs next to those that are kept: the gradient of `cost`."
     kept = kept.to(self.writes)
     inputs, outputs = kept @ self.reads, kept @ self.writes
-    found = (outputs * self.each) @ self.reads.T + (inputs * self.each + self.once) @ self.writes.T
+    as_reader = (outputs * self.each) @ self.reads.T
+    as_writer = (inputs * self.each + self.once) @ self.writes.T
+    found = as_reader + as_writer
     return found[:, :-1]
 
 # %% ../../nbs/04_channels/09_costs.ipynb #db9e8557
@@ -178,7 +180,8 @@ def cost_table(
         writes.append(_counts(layer.writes, unit_of_channel, n))
         each.append(product / (inputs * len(layer.writes)) if inputs else 0.)
         once.append((others if inputs else product + others) / len(layer.writes))
-    tensors = torch.stack(reads, 1), torch.stack(writes, 1), torch.tensor(each), torch.tensor(once)
+    tensors = [torch.stack(reads, 1), torch.stack(writes, 1),
+               torch.tensor(each), torch.tensor(once)]
     return CostTable(*tensors, total, measured=what == 'latency')
 
 def reads_alone(

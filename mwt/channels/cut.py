@@ -86,8 +86,12 @@ def _cut_tensor(
 ) -> None:
     "Keep some elements, along one dimension, of a parameter or buffer, in place."
     [dim] = varying(keep)
-    index = keep.movedim(dim, 0).reshape(keep.shape[dim], -1)[:, 0].nonzero()[:, 0]
-    _pick(model, path, dim, index)
+    _pick(model, path, dim, _places_along(keep, dim))
+
+def _places_along(keep: Tensor, dim: int) -> Tensor:
+    "The places along a dimension that are kept, of what varies along this one alone."
+    rows = keep.movedim(dim, 0).reshape(keep.shape[dim], -1)
+    return rows[:, 0].nonzero()[:, 0]
 
 def _pick(model: nn.Module, path: str, dim: int, index: Tensor) -> None:
     "Keep some places along a dimension of a parameter, buffer or other tensor, in place."
@@ -173,5 +177,5 @@ def kept_places(
             found[path] = [None] * dims[0] + ['rows']
         elif not kept.all():
             [dim] = varying(kept)
-            found[path] = [None] * dim + [kept.movedim(dim, 0).reshape(kept.shape[dim], -1)[:, 0].nonzero()[:, 0]]
+            found[path] = [None] * dim + [_places_along(kept, dim)]
     return found

@@ -67,8 +67,10 @@ class Across:
         other: Sequence[Tensor], # likewise, of the twins
     ) -> None:
         "Take a batch in."
-        a, b = torch.stack(list(clean)).flatten(1), torch.stack(list(other)).flatten(1)
-        products = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])
+        a = torch.stack(list(clean)).flatten(1)
+        b = torch.stack(list(other)).flatten(1)
+        pairs = (a, b), (a, a), (b, b)
+        products = torch.stack([(x * y).sum(1) for x, y in pairs])
         self.sums = self.sums + products / (clean[0].shape[0] - 3)
 
     def alike(self) -> Tensor: # (blocks,) on the CPU, up to 1; NaN where a block is constant
@@ -96,7 +98,8 @@ def overlap(
     (mean_a, var_a), (mean_b, var_b) = (mean_and_variance(m) for m in (a, b))
     both = var_a + var_b + TINY         # so that two constant channels can be compared
     spreads = (2 * (var_a * var_b).sqrt() + TINY) / both
-    return (spreads.sqrt() * (-(mean_a - mean_b)**2 / (4 * both)).exp()).mean().item()
+    apart = (mean_a - mean_b)**2 / (4 * both)
+    return (spreads.sqrt() * (-apart).exp()).mean().item()
 
 def mean_and_variance(m: Tensor) -> tuple[Tensor, Tensor]:
     "Of each channel, from sums of `moments`."
@@ -157,7 +160,8 @@ def block_sums(
     shape: Sequence[int], # channels, height and width of an image
 ) -> Blocks: # at least one
     "The blocks of a network. Raises `ValueError` where there are none."
-    blocks = find_blocks(model, torch.zeros(2, *shape, device=device_of(model), dtype=input_dtype(model)))
+    example = torch.zeros(2, *shape, device=device_of(model), dtype=input_dtype(model))
+    blocks = find_blocks(model, example)
     if len(blocks): return blocks
     raise WrongValue(f'{type(model).__name__} has no residual block: no addition joins layers and '
                      'what they read')
@@ -177,7 +181,9 @@ def drift_of_distributions(watch: Watch, splits: Sequence[Iterable], kind: torch
     sums: list[Any] = []
     for split in splits:
         total: list[Any] = [0.] * len(watch.nodes)
-        for images, _ in split: total = [t + m for t, m in zip(total, watch.of(images.to(kind)))]
+        for images, _ in split:
+            more = watch.of(images.to(kind))
+            total = [t + m for t, m in zip(total, more)]
         sums.append([t.cpu() for t in total])
     return [overlap(a, b) for a, b in zip(*sums)]
 
@@ -308,7 +314,8 @@ class Pairs(LoaderBatches):
     def __len__(self) -> int: return len(self.images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for (a, labels), (b, _) in zip(self.images, self.twins): yield torch.cat([a, b], 1), labels
+        for (a, labels), (b, _) in zip(self.images, self.twins):
+            yield torch.cat([a, b], 1), labels
 
 # %% ../../nbs/10_layers/04_retrain.ipynb #a1364f9e
 @patch
@@ -365,7 +372,8 @@ def teacher_of(
                          'network of the same blocks, such as the one that was trained first')
     block = blocks.items[blocks.names.index(name)]
     mine = next(b for b in student if b.name == name)
-    shapes = [tuple(s.tensors[b.add].shape[1:]) for s, b in ((blocks, block), (student, mine))]
+    pairs = (blocks, block), (student, mine)
+    shapes = [tuple(s.tensors[b.add].shape[1:]) for s, b in pairs]
     if shapes[0] != shapes[1]:
         raise WrongValue(f"the teacher's block {name!r} returns {shapes[0]} an image, the network's "
                          f"{shapes[1]}; give a teacher of the same size")

@@ -168,6 +168,7 @@ def together(
     sets, at = root.unique(return_inverse=True)
     return mask.new_zeros(len(sets)).scatter_reduce(0, at, mask, 'amax')[at]
 
+# %% ../../nbs/05_methods/07_activations.ipynb #a2e9a592
 @patch
 def cut(self: ActivationMasks, net: nn.Module, keep: Mapping[str, Tensor],
         example: Tensor) -> nn.Module:

@@ -106,13 +106,15 @@ def observe(self: ClassGates,
     decay: float, # of the running mean, 0 to below 1
 ) -> None:
     "Learn from the gradient of the last step. Its loss must be a mean over the rows of the mask."
-    squares = (self.mask.grad[:, :-1] * len(labels)).square().to(self.scores)
+    slopes = self.mask.grad[:, :-1] * len(labels)
+    squares = slopes.square().to(self.scores)
     squares = F.pad(squares, (0, 1), value=1.)                  # the last column counts the samples
     squares = squares * self.targets.gather(1, labels[:, None]) # outsiders count nothing
     found = global_sum(class_sums(squares, labels, len(self.scores)))
     squares, counts = found.split([self.n_units, 1], 1)
     weight = (1 - decay) * (counts > 0)             # a class without a sample keeps its scores
-    self.scores.mul_(1 - weight).add_(squares.mul_(weight / counts.clamp_min(1)))
+    means = squares.mul_(weight / counts.clamp_min(1))
+    self.scores.mul_(1 - weight).add_(means)
     self.mask = self.targets = None
 
 # %% ../../nbs/05_methods/09_composable.ipynb #6cb285c9
@@ -142,7 +144,8 @@ def module_masks(
 ) -> Tensor: # (pairs, units + 1), 0 or 1; the last is 1
     "What modules of two classes keep."
     first, second = class_pairs(len(gates), gates.device)
-    return F.pad(torch.maximum(gates[first], gates[second]), (0, 1), value=1.)
+    either = torch.maximum(gates[first], gates[second])
+    return F.pad(either, (0, 1), value=1.)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #c7a8e369
 def tie_rank(
@@ -194,8 +197,10 @@ def open_gates(
     for _ in range(len(ordered).bit_length()):      # the first `low` fit, the first `high` may not
         middle = (low + high + 1) // 2
         kept = (pairs >= ordered.take(middle - 1)).to(scores.dtype)
-        fits = costs.fraction(F.pad(kept, (0, 1), value=1.)).mean() <= fraction
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+        padded = F.pad(kept, (0, 1), value=1.)
+        fits = costs.fraction(padded).mean() <= fraction
+        low = torch.where(fits, middle, low)
+        high = torch.where(fits, high, middle - 1)
     threshold = ordered.take((low - 1).clamp_min(0))                # `ordered[low]` would wait
     return (distinct >= threshold).to(scores.dtype)
 
@@ -207,7 +212,8 @@ def check_target(
     groups: Tensor, # (units,), from 0
 ) -> None:
     "Raises `ValueError` for less than the layers that stay, and one unit of each group, cost."
-    first = torch.cat([torch.ones(1, dtype=torch.bool), groups.sort().values.diff() > 0])
+    changes = groups.sort().values.diff() > 0
+    first = torch.cat([torch.ones(1, dtype=torch.bool), changes])
     order = groups.sort(stable=True).indices
     least = torch.zeros(1, len(groups) + 1).index_fill(1, order[first], 1.)
     least[:, -1] = 1
@@ -225,20 +231,23 @@ def set_gates(self: ClassGates,
 ) -> None:
     "Open the gates whose scores are highest, for what they cost."
     scores = self.relative(separation) * self.balance[:, None]
-    self.gates.copy_(open_gates(scores, self.costs, self.groups, sum(targets) / len(targets)))
+    target = sum(targets) / len(targets)
+    self.gates.copy_(open_gates(scores, self.costs, self.groups, target))
     if len(targets) == 1: return
     pairs = class_pairs(len(self.gates), self.gates.device)
     found = self.costs.fraction(module_masks(self.gates))
     wanted = torch.tensor(targets).to(found)[pairs].mean(0)
     sums = found.new_zeros(2, len(self.balance))
-    for cost, total in zip((found, wanted), sums): total.index_add_(0, pairs.flatten(), cost.repeat(2))
-    self.balance.mul_(((sums[1] + 1e-9) / (sums[0] + 1e-9)).sqrt()).clamp_(1e-6, 1e6)
+    members = pairs.flatten()
+    for cost, total in zip((found, wanted), sums): total.index_add_(0, members, cost.repeat(2))
+    ratio = (sums[1] + 1e-9) / (sums[0] + 1e-9)
+    self.balance.mul_(ratio.sqrt()).clamp_(1e-6, 1e6)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #a7482367
 @dataclass(frozen=True)
 class Composable(Method, name='composable'):
     "Class gates and random target sets: modules that work as they are cut."
-    target_flops: float | dict[str, float] | None = None    # of operations that two classes keep, usually 0.15
+    target_flops: float | dict[str, float] | None = None    # of operations two classes keep, usually 0.15
     target_params: float | dict[str, float] | None = None   # instead: of parameters
     target_krr: float | dict[str, float] | None = None      # instead: of kernels
     target_latency: float | dict[str, float] | None = None  # instead: of seconds, measured on this machine
@@ -295,7 +304,8 @@ def check_targets(self: Composable) -> None:
     if not isinstance(value, dict): return check_range(name, value, 0, 1, open_low=True)
     if not value: raise WrongValue(f'{name} must have a fraction for each class, not none')
     for key, fraction in value.items(): check_range(f'{name}[{key!r}]', fraction, 0, 1, open_low=True)
-    object.__setattr__(self, name, {str(key): float(fraction) for key, fraction in value.items()})
+    fractions = {str(key): float(fraction) for key, fraction in value.items()}
+    object.__setattr__(self, name, fractions)
 
 @patch
 def goals(self: Composable,
@@ -464,4 +474,5 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     gates.observe(labels, self.decay)
     if step % SET_EVERY and not self.ready(progress): return
     left = self.way_left(progress)
-    gates.set_gates(self.separation, [goal + (1 - goal) * left for goal in self.goals(model)])
+    goals = [goal + (1 - goal) * left for goal in self.goals(model)]
+    gates.set_gates(self.separation, goals)

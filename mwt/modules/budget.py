@@ -35,7 +35,8 @@ def units_of(
     shared = model.masks
     if not hasattr(shared, 'units_of'):
         sizes = torch.tensor(list(parts.sizes.values()))
-        return torch.arange(int(sizes.sum())), torch.arange(len(sizes)).repeat_interleave(sizes)
+        groups = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return torch.arange(len(groups)), groups
     units = torch.cat([shared.units_of(name) for name in parts.sizes])
     return units.masked_fill(units == shared.n_units, -1), shared.gates.groups.cpu()
 
@@ -47,9 +48,11 @@ def unit_scores(
     "What each unit means to the target classes."
     gates = getattr(model.masks, 'gates', None)
     if hasattr(gates, 'relative'):
-        return gates.relative(model.method.separation)[rows].double().sum(0).cpu()
+        scores = gates.relative(model.method.separation)[rows]
+        return scores.double().sum(0).cpu()
     units, groups = units_of(model, parts)
-    figures = parts.frequency[rows].sum(0) + 1e-6 * parts.kept.double().mean(0)
+    kept = parts.kept.double().mean(0)
+    figures = parts.frequency[rows].sum(0) + 1e-6 * kept
     return torch.zeros(len(groups), dtype=torch.double).scatter_reduce(
         0, units.clamp_min(0), figures, 'amax')
 
@@ -142,7 +145,8 @@ def plot(self: Budget,
     "What does the budget cost? Accuracy against the first cost that was asked for."
     check_axes(ax)
     if self.rows[0]['accuracy'] is None:
-        raise WrongValue('nothing to draw: accuracies were not measured; give fit_budget data, as in data.valid')
+        raise WrongValue('nothing to draw: accuracies were not measured; '
+                         'give fit_budget data, as in data.valid')
     if ax is None: _, ax = plt.subplots(figsize=(5, 3), layout='constrained')
     cost, limit = next(iter(self.asked.items()))
     scale = 1e-6 if cost == 'flops' else 1
@@ -218,7 +222,8 @@ def fit_budget(
     found = Candidates(model, parts, rows, asked)
     chosen = found.largest()
     low, high = found.least, len(found.order)
-    sizes = {low + (high - low) * i // (points - 1) for i in range(points)} | {chosen}
+    sizes = {low + (high - low) * i // (points - 1) for i in range(points)}
+    sizes.add(chosen)
     table = []
     for units in sorted(sizes):
         module, _, costs = found.get(units)

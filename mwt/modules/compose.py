@@ -38,7 +38,8 @@ def places_of(
     for name, t in weights_of(module).items():
         said = origin['places'].get(name, [])
         said = [*said, *[None] * (t.ndim - len(said))]
-        found[name] = [_numbers(origin, n, size) for n, size in zip(said, t.shape)]
+        sizes = zip(said, t.shape)
+        found[name] = [_numbers(origin, n, size) for n, size in sizes]
     return found
 
 def _numbers(origin: Mapping[str, Any], n: int | str | None, size: int) -> list[int]:
@@ -78,8 +79,11 @@ def laid_together(
     whole = values[0].new_zeros([len(numbers) for numbers in wanted])
     at = [{n: i for i, n in enumerate(numbers)} for numbers in wanted]
     for value, dims in zip(values, places):
-        index = [torch.tensor([at[d][n] for n in numbers]) for d, numbers in enumerate(dims)]
-        index = tuple(i.view([-1] + [1] * (len(dims) - d - 1)) for d, i in enumerate(index))
+        along = []
+        for d, numbers in enumerate(dims):
+            behind = len(dims) - d - 1
+            along.append(torch.tensor([at[d][n] for n in numbers]).view([-1] + [1] * behind))
+        index = tuple(along)
         before, value = whole[index], value.to(whole)
         if ((before != value) & (before != 0) & (value != 0)).any():
             raise WrongValue(f'{name} is not the same in all modules of this model, so one of them has been '
@@ -95,7 +99,8 @@ def united_layer(
     shape: Sequence[int] | None, # of its weight in the union; `None` for a layer without
 ) -> dict[str, Any] | None: # `None` where they differ in more than size
     "A layer of the union."
-    settings = [{k: v for k, v in about.items() if k not in SIZES} for about in layers]
+    settings = [{k: v for k, v in about.items() if k not in SIZES}
+                for about in layers]
     if any(s != settings[0] for s in settings): return None
     about = dict(layers[0])
     if shape is None or about['type'].startswith('ConvTranspose'):
@@ -116,7 +121,8 @@ def alike(
     first = modules[0].description
     keys = ('steps', 'input_shape', 'pixels')
     def same(d: Mapping[str, Any]) -> bool:
-        named = all(d[k].keys() == first[k].keys() for k in ('layers', 'tensors'))
+        named = all(d[k].keys() == first[k].keys()
+                    for k in ('layers', 'tensors'))
         settings = all(d.get(k) == first.get(k) for k in keys)
         return d['origin']['places'] is not None and named and settings
     return all(same(m.description) for m in modules)
@@ -138,9 +144,12 @@ def union(
         shape = next((weights[n].shape for n in named if n in weights), None)
         layers[name] = united_layer([m.description['layers'][name] for m in modules], shape)
     if None in layers.values(): return None
-    tensors = {n: dict(about, shape=list(weights[n].shape)) for n, about in d['tensors'].items()}
+    tensors = {}
+    for name, about in d['tensors'].items():
+        tensors[name] = dict(about, shape=list(weights[name].shape))
     about = dict(layers=layers, tensors=tensors, classes=united_classes(modules))
-    return _filled(d | about | dict(origin=united_origin(modules, places)), weights, modules[0])
+    about |= dict(origin=united_origin(modules, places))
+    return _filled(d | about, weights, modules[0])
 
 def _filled(d: Mapping[str, Any], weights: Mapping[str, Tensor], like: SlimModule) -> SlimModule | None:
     "A module with these weights, if it runs."
@@ -205,8 +214,8 @@ def shared(
         origin = m.description.get('origin')
         groups.setdefault(n if origin is None else origin['model'], []).append(m)
     if model is not None and known not in groups:
-        raise WrongValue('none of the modules was cut from this model with the weights that it has now; leave '
-                         'model out to compose them from their own weights')
+        raise WrongValue('none of the modules was cut from this model with the weights that it has now; '
+                         'leave model out to compose them from their own weights')
     found = []
     for key, group in groups.items():
         if key == known: found.append(union_from(model, group))
@@ -227,12 +236,14 @@ def prefixed_steps(
     names |= {s['name']: source for s in steps if s['kind'] == 'input'}
     inner = [s for s in steps if s['kind'] not in ('input', 'output')]
     [output] = [s for s in steps if s['kind'] == 'output']
-    return [_prefixed(s, prefix, names) for s in inner], renamed(output['args'][0], names)
+    inner = [_prefixed(s, prefix, names) for s in inner]
+    return inner, renamed(output['args'][0], names)
 
 def _prefixed(step: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
     "One step under its new name."
     new = dict(step, name=names[step['name']])
-    new |= dict(args=renamed(step['args'], names), kwargs=renamed(step['kwargs'], names))
+    new['args'] = renamed(step['args'], names)
+    new['kwargs'] = renamed(step['kwargs'], names)
     if step['kind'] in ('layer', 'tensor'): new['target'] = f"{prefix}.{step['target']}"
     return new
 
@@ -262,14 +273,19 @@ def resized_steps(
     if source in names: first = names.index(source) + 1
     else: source = 'x'
     settings = dict(size=list(size), mode='bilinear', antialias=True)
-    step = dict(name=new, kind='function', target='F.interpolate', args=[{'step': source}], kwargs=settings)
+    step = dict(name=new, kind='function', target='F.interpolate',
+                args=[{'step': source}], kwargs=settings)
     other = {name: name for name in [*names, 'x']} | {source: new}
-    rest = [dict(s, args=renamed(s['args'], other), kwargs=renamed(s['kwargs'], other))
-            for s in steps[first:]]
+    rest = [dict(s, args=renamed(s['args'], other),
+                 kwargs=renamed(s['kwargs'], other)) for s in steps[first:]]
     return [*steps[:first], step, *rest]
 
 # %% ../../nbs/08_modules/07_compose.ipynb #1d0b1d20
 DOUBT = 1e-3        # added to probabilities, so that their logarithm is finite
+
+def _step(name: str, kind: str, target: str, args: Sequence[Any]) -> dict[str, Any]:
+    "A step without named arguments."
+    return dict(name=name, kind=kind, target=target, args=list(args), kwargs={})
 
 def score_steps(
     number: int, # of the part
@@ -277,11 +293,12 @@ def score_steps(
 ) -> list[dict[str, Any]]: # the last one has the scores
     "From logits of a module that rejects to logarithms of probabilities."
     name = f'score{number}'
-    chain = [('', 'F.softmax', [output, 1]), ('_least', 'torch.amin', [{'step': name}, 1, True]),
+    chain = [('', 'F.softmax', [output, 1]),
+             ('_least', 'torch.amin', [{'step': name}, 1, True]),
              ('_own', 'operator.sub', [{'step': name}, {'step': f'{name}_least'}]),
              ('_doubt', 'operator.add', [{'step': f'{name}_own'}, DOUBT]),
              ('_log', 'torch.log', [{'step': f'{name}_doubt'}])]
-    return [dict(name=name + end, kind='function', target=target, args=args, kwargs={})
+    return [_step(name + end, 'function', target, args)
             for end, target, args in chain]
 
 def joined_description(
@@ -289,7 +306,7 @@ def joined_description(
     scored: bool = False, # as modules that reject
 ) -> dict[str, Any]: # JSON-able
     "The description of modules side by side."
-    steps = [dict(name='x', kind='input', target='', args=[], kwargs={})]
+    steps = [_step('x', 'input', '', [])]
     outputs, layers, tensors = [], {}, {}
     shape = max((m.input_shape for m in modules), key=lambda s: s[1] * s[2])
     for i, module in enumerate(modules):
@@ -303,9 +320,10 @@ def joined_description(
         outputs.append(output)
         layers |= {f'{prefix}.{name}': layer for name, layer in d['layers'].items()}
         tensors |= {f'{prefix}.{name}': tensor for name, tensor in d['tensors'].items()}
-    join = dict(name='joined', kind='function', target='torch.cat', args=[outputs, 1], kwargs={})
-    end = dict(name='output', kind='output', target='', args=[{'step': 'joined'}], kwargs={})
-    return dict(layers=layers, tensors=tensors, steps=[*steps, join, end], input_shape=list(shape))
+    join = _step('joined', 'function', 'torch.cat', [outputs, 1])
+    end = _step('output', 'output', '', [{'step': 'joined'}])
+    steps += [join, end]
+    return dict(layers=layers, tensors=tensors, steps=steps, input_shape=list(shape))
 
 # %% ../../nbs/08_modules/07_compose.ipynb #9d27ce02
 @dataclass
@@ -328,13 +346,14 @@ def averages(
 def then(d: dict[str, Any], name: str, target: str, args: Sequence[Any]) -> None:
     "Put one operation more behind a description, in place."
     *_, output = d['steps']
-    step = dict(name=name, kind='function', target=target, args=[*output['args'], *args], kwargs={})
+    step = _step(name, 'function', target, [*output['args'], *args])
     d['steps'][-1:] = [step, dict(output, args=[{'step': name}])]
 
 def with_tensor(d: dict[str, Any], name: str, shape: Sequence[int], trained: bool) -> dict[str, str]:
     "Let a description have a tensor, in place; the argument that stands for it."
-    d['tensors'] = d['tensors'] | {name: dict(shape=list(shape), parameter=trained)}
-    d['steps'].insert(1, dict(name=name, kind='tensor', target=name, args=[], kwargs={}))
+    new = dict(shape=list(shape), parameter=trained)
+    d['tensors'] = d['tensors'] | {name: new}
+    d['steps'].insert(1, _step(name, 'tensor', name, []))
     return {'step': name}
 
 # %% ../../nbs/08_modules/07_compose.ipynb #c2bba410
@@ -357,10 +376,12 @@ def assembled(
         weights['scale'] = _beside(pieces, 'scale', 1.).to(**plain)
         weights['offset'] = _beside(pieces, 'offset', 0.).to(**plain)
         for name, target in (('scale', 'operator.mul'), ('offset', 'operator.add')):
-            then(d, f'with_{name}', target, [with_tensor(d, name, [len(names)], True)])
+            held = with_tensor(d, name, [len(names)], True)
+            then(d, f'with_{name}', target, [held])
     if classes != names:
-        weights['average'] = averages(pieces, classes).to(**plain)
-        then(d, 'answers', 'torch.matmul', [with_tensor(d, 'average', weights['average'].shape, False)])
+        average = averages(pieces, classes).to(**plain)
+        weights['average'] = average
+        then(d, 'answers', 'torch.matmul', [with_tensor(d, 'average', average.shape, False)])
     return _standing(d | _facts(pieces, classes), weights, modules)
 
 def rejecting(pieces: Sequence[Piece]) -> bool:
@@ -369,22 +390,31 @@ def rejecting(pieces: Sequence[Piece]) -> bool:
     bare = len(modules) > 1 and all(p.scale is None for p in pieces)
     return bare and all(m.description.get('reject') and len(m.classes) > 1 for m in modules)
 
+# %% ../../nbs/08_modules/07_compose.ipynb #7433e9cf
 def _beside(pieces: Sequence[Piece], name: str, usual: float) -> Tensor:
     "Scales or offsets of all outputs."
     given = [(getattr(p, name), len(p.module.classes)) for p in pieces]
-    filled = [torch.full((n,), usual) if t is None else t.detach() for t, n in given]
+    filled = [torch.full((n,), usual) if t is None else t.detach()
+              for t, n in given]
     return torch.cat([t.float().cpu() for t in filled])
 
 def _facts(pieces: Sequence[Piece], classes: Sequence[str]) -> dict[str, Any]:
     "What is said of a composed module."
     modules = [p.module for p in pieces]
     same = all(m.full == modules[0].full for m in modules)       # cut from equally large models
-    parts = [{k: v for k, v in p.module.description.items() if k in PIECE} | dict(used=list(p.used))
+    parts = [_of_piece(p.module.description) | {'used': list(p.used)}
              for p in pieces]
     full = modules[0].full if same else None
-    return dict(classes=list(classes), pixels=modules[0].takes_pixels, full=full, parts=parts)
+    return dict(classes=list(classes), pixels=modules[0].takes_pixels,
+                full=full, parts=parts)
 
-def _standing(d: Mapping[str, Any], weights: Mapping[str, Tensor], modules: Sequence[SlimModule]) -> SlimModule:
+def _of_piece(d: Mapping[str, Any]) -> dict[str, Any]:
+    "What a composed module keeps of the description of a part."
+    return {k: v for k, v in d.items() if k in PIECE}
+
+def _standing(
+    d: Mapping[str, Any], weights: Mapping[str, Tensor], modules: Sequence[SlimModule],
+) -> SlimModule:
     "A module of a description and weights; what was frozen stays so."
     with torch.device('meta'): whole = SlimModule(d)
     whole.load_state_dict(weights, assign=True)                     # keeps the type of the weights
@@ -409,6 +439,7 @@ def pieces_of(
             found[-1] = replace(found[-1], scale=scale, offset=offset)
     return found
 
+# %% ../../nbs/08_modules/07_compose.ipynb #1433331c
 def taken_out(
     module: SlimModule, # composed
     number: int, # of a part
@@ -423,17 +454,21 @@ def taken_out(
     if resized: names[resized['name']] = names[resized['args'][0]['step']]
     output = named['joined']['args'][0][number]
     if scored: output = scored['args'][0]
-    steps = [dict(name=names['x'], kind='input', target='', args=[], kwargs={})]
-    for s in inner: steps.append(dict(s, name=names[s['name']], target=s['target'].removeprefix(f'{prefix}.'),
-                                      args=renamed(s['args'], names), kwargs=renamed(s['kwargs'], names)))
-    steps.append(dict(name='output', kind='output', target='', args=[renamed(output, names)], kwargs={}))
-    about = {k: v for k, v in d['parts'][number].items() if k in PIECE} | dict(steps=steps)
+    steps = [_step(names['x'], 'input', '', [])]
+    for s in inner:
+        target = s['target'].removeprefix(f'{prefix}.')
+        kwargs = renamed(s['kwargs'], names)
+        steps.append(dict(s, name=names[s['name']], target=target,
+                          args=renamed(s['args'], names), kwargs=kwargs))
+    steps.append(_step('output', 'output', '', [renamed(output, names)]))
+    about = _of_piece(d['parts'][number]) | dict(steps=steps)
     for kind in ('layers', 'tensors'):
         about[kind] = under(d[kind], prefix)
     with torch.device('meta'): part = SlimModule(about)
     check_runs(part)
     own = under(weights_of(module), prefix)
-    part.load_state_dict({k: v.clone() for k, v in own.items()}, assign=True)
+    own = {k: v.clone() for k, v in own.items()}
+    part.load_state_dict(own, assign=True)
     return freeze_as_(part, under(trainable(module), prefix)).eval()
 
 def under(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -458,10 +493,13 @@ def class_samples(
         raise WrongValue(f'the data has no class {missing[0]!r}; calibrate with images of all of '
                          f'{list(classes)}')
     check_shape(module.signature, batches)
-    batches = taken_by(batches.plain().shard(0, 1), module).subset(list(classes))
-    seen, kept = torch.zeros(len(classes), dtype=torch.long, device=batches.device), []
+    batches = taken_by(batches.plain().shard(0, 1), module)
+    batches = batches.subset(list(classes))
+    seen = torch.zeros(len(classes), dtype=torch.long, device=batches.device)
+    kept = []
     for images, labels in batches:
-        member = (labels[:, None] == torch.arange(len(classes), device=labels.device)).long()
+        numbers = torch.arange(len(classes), device=labels.device)
+        member = (labels[:, None] == numbers).long()
         keep = ((member.cumsum(0) + seen) * member).sum(1) <= most
         kept.append((images[keep], labels[keep]))
         seen += member.sum(0)
@@ -469,7 +507,8 @@ def class_samples(
     for c, n in zip(classes, seen.tolist()):
         if n: continue
         raise WrongValue(f'the data has no image of class {c!r}; calibrate with images of all classes')
-    return torch.cat([images for images, _ in kept]), torch.cat([labels for _, labels in kept])
+    images, labels = zip(*kept)
+    return torch.cat(images), torch.cat(labels)
 
 # %% ../../nbs/08_modules/07_compose.ipynb #fb7f5e3f
 def outputs(
@@ -478,8 +517,9 @@ def outputs(
 ) -> Tensor: # (images, outputs), double, on the CPU
     "What a module answers, some images at a time."
     dtype = input_dtype(module)
-    with evaluating(module): found = [module(some.to(dtype)).double().cpu() for some in images.split(256)]
-    return torch.cat(found)
+    some = images.split(256)
+    with evaluating(module): found = [module(x.to(dtype)) for x in some]
+    return torch.cat(found).double().cpu()
 
 # %% ../../nbs/08_modules/07_compose.ipynb #0c037473
 RIDGE = 1e-4        # of the squares, so that there is one best solution
@@ -491,7 +531,8 @@ def least(
     "Where a convex function is smallest; the same answer every time."
     with torch.enable_grad():
         numbers = torch.zeros(n, dtype=torch.double, requires_grad=True)
-        search = torch.optim.LBFGS([numbers], max_iter=200, tolerance_grad=1e-8, line_search_fn='strong_wolfe')
+        search = torch.optim.LBFGS([numbers], max_iter=200, tolerance_grad=1e-8,
+                                   line_search_fn='strong_wolfe')
         def closure() -> Tensor:
             search.zero_grad()
             found = loss(numbers) + RIDGE * numbers.square().sum()
@@ -500,6 +541,7 @@ def least(
         search.step(closure)
     return numbers.detach()
 
+# %% ../../nbs/08_modules/07_compose.ipynb #7281c294
 def fit_scores(
     values: Tensor, # (images, outputs) of all pieces, double
     sizes: Sequence[int], # outputs of each piece
@@ -509,12 +551,15 @@ def fit_scores(
     "Scales and offsets with the least cross-entropy among all classes."
     sizes = torch.tensor(sizes)
     piece = torch.arange(len(sizes)).repeat_interleave(sizes)
-    spread = torch.stack([v.std() for v in values.split(sizes.tolist(), 1)]).clamp_min(1e-9)[piece]
+    apart = values.split(sizes.tolist(), 1)
+    spread = torch.stack([v.std() for v in apart])
+    spread = spread.clamp_min(1e-9)[piece]
     scaled, average, labels = values / spread, average.double(), labels.cpu()
     def loss(numbers: Tensor) -> Tensor:
         scale, offset = numbers.view(2, -1)[:, piece]
         return F.cross_entropy((scaled * scale + offset) @ average, labels)
-    scale, offset = least(loss, 2 * len(sizes)).view(2, -1)[:, piece]
+    found = least(loss, 2 * len(sizes))
+    scale, offset = found.view(2, -1)[:, piece]
     return scale / spread, offset
 
 def calibrated(
@@ -529,12 +574,13 @@ def calibrated(
     sizes = [len(p.module.classes) for p in pieces]
     found = fit_scores(outputs(raw, images), sizes, averages(pieces, classes), labels)
     both = zip(*(values.split(sizes) for values in found))
-    return [replace(p, scale=scale, offset=offset) for p, (scale, offset) in zip(bare, both)]
+    return [replace(p, scale=scale, offset=offset)
+            for p, (scale, offset) in zip(bare, both)]
 
 # %% ../../nbs/08_modules/07_compose.ipynb #84cda6fa
 def compose(
     modules: Sequence[SlimModule], # for images of one number of channels
-    calibrate: Any = None, # a split with images of all classes, to bring modules of several models to one scale
+    calibrate: Any = None, # a split with images of all classes, to bring several models to one scale
     model: ModularModel | None = None, # a model that some modules were cut from, for their exact union
     share: bool = True, # modules of one model become one; `False`: side by side
 ) -> SlimModule: # one module with all their classes, in eval mode
@@ -562,8 +608,9 @@ def shared_pieces(
     for m in shared([p.module for p in pieces], model):
         if id(m) in kept: found.append(kept[id(m)])
         else:
-            own = [p for p in pieces if set(p.used) & set(m.classes) and _of_one_model(p.module, m)]
-            found.append(Piece(m, [c for c in m.classes if any(c in p.used for p in own)]))
+            own = [p for p in pieces if set(p.used) & set(m.classes)]
+            used = {c for p in own if _of_one_model(p.module, m) for c in p.used}
+            found.append(Piece(m, [c for c in m.classes if c in used]))
     return found
 
 def _of_one_model(*modules: SlimModule) -> bool:
@@ -593,7 +640,8 @@ def drop_class(
     check_choice('class', name, module.classes)
     classes = [c for c in module.classes if c != name]
     if not classes: raise WrongValue(f'{name!r} is the only class of the module; a module needs one')
-    pieces = [replace(p, used=[c for c in p.used if c != name]) for p in pieces_of(module)]
+    pieces = [replace(p, used=[c for c in p.used if c != name])
+              for p in pieces_of(module)]
     return assembled([p for p in pieces if p.used], classes)
 
 # %% ../../nbs/08_modules/07_compose.ipynb #13c4b76e
@@ -633,7 +681,8 @@ def add_head(
     head.bias.zero_()
     extended = SlimModule(with_new_head(module.description, head))
     new = {f'new_head.{k}': v for k, v in head.state_dict().items()}
-    weights = {k: v.clone() for k, v in (weights_of(module) | new).items()}
+    known = weights_of(module) | new
+    weights = {k: v.clone() for k, v in known.items()}
     extended.load_state_dict(weights, assign=True)
     freeze_as_(extended, trainable(module))
     return extended.to(device_of(module)).eval()

@@ -52,7 +52,8 @@ def facts_beside(
     "What a file says beside its network."
     takes = 'float32, normalised as in the training of the model'
     if module.takes_pixels: takes = 'uint8, 0 to 255, as decoded; the file normalises them itself'
-    return dict(classes=json.dumps(module.classes), input_shape=json.dumps(list(module.input_shape)),
+    return dict(classes=json.dumps(module.classes),
+                input_shape=json.dumps(list(module.input_shape)),
                 input=takes, output='logits in the order of classes; softmax makes probabilities',
                 version=f'mwt {mwt.__version__}', card=json.dumps(current_card(module)))
 
@@ -114,7 +115,8 @@ def first_cause(
 ) -> str: # one line
     "Why something failed, at the bottom of it."
     while e.__cause__ is not None: e = e.__cause__
-    return (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+    said = str(e).strip() or type(e).__name__
+    return said.splitlines()[0][:300]
 
 def as_program(
     module: SlimModule, # not changed
@@ -290,8 +292,10 @@ def check_rounded(
     net = copy_of(module).cpu().float().eval()
     found = torch.cat([run_session(session, piece) for piece in images.split(32)])
     if not found.isfinite().all(): raise WrongValue('int8: the answers are no numbers any more')
-    with torch.no_grad(): expected = torch.cat([net(piece) for piece in images.split(32)])
-    same = (found.argmax(1) == expected.argmax(1)).double().mean().item()
+    with torch.no_grad():
+        expected = torch.cat([net(piece) for piece in images.split(32)])
+    same = found.argmax(1) == expected.argmax(1)
+    same = same.double().mean().item()
     if same >= AGREE: return
     warnings.warn(f'in int8 the module answers as before for {percent(same)} of the calibration images only; '
                   'give more and other images, or keep floats')
@@ -333,7 +337,9 @@ def _rounded(module: SlimModule, images: Tensor, opset: int) -> bytes:
 
 def _pt2(module: SlimModule) -> bytes:
     held = io.BytesIO()
-    with quiet(): torch.export.save(as_program(module), held, extra_files={'mwt.json': json.dumps(facts_beside(module))})
+    program = as_program(module)
+    facts = {'mwt.json': json.dumps(facts_beside(module))}
+    with quiet(): torch.export.save(program, held, extra_files=facts)
     held.seek(0)
     with quiet(): check_same(module, torch.export.load(held).module(), 'PyTorch')
     return held.getvalue()
@@ -377,12 +383,15 @@ def served(
     for name, (session, facts) in found.items():
         images, labels = images_and_labels(facts, batches)
         answers = [run_session(session, piece).argmax(1) for piece in images.split(256)]
-        accuracies[name] = (torch.cat(answers) == labels).double().mean().item()
-        for n in SIZES: calls[name, n] = partial(run_session, session, images[:1].repeat(n, 1, 1, 1))
+        right = torch.cat(answers) == labels
+        accuracies[name] = right.double().mean().item()
+        for n in SIZES:
+            calls[name, n] = partial(run_session, session, images[:1].repeat(n, 1, 1, 1))
     times = time_in_turns(calls, torch.device('cpu'), repeats)
     rows = []
     for name in found:
-        row = dict(file=Path(name).name, size=_spell(Path(name).stat().st_size))
+        file = Path(name)
+        row = dict(file=file.name, size=_spell(file.stat().st_size))
         row['accuracy'] = percent(accuracies[name])
         for n in SIZES: row[f'ms, batch {n}'] = f"{1e3 * times[name, n]['seconds']:.3f}"
         rows.append(row)

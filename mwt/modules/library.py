@@ -137,6 +137,7 @@ def predict(
         found.append(dict(image=str(path), answer=best[0][0], probabilities=dict(best)))
     return found
 
+# %% ../../nbs/08_modules/11_library.ipynb #c2fbb2cd
 def answers_table(
     answers: Sequence[Mapping[str, Any]], # from `predict`
 ) -> Table: # a row an image

@@ -41,11 +41,15 @@ def outputs_kept(
     for layer in numbers.net.modules():
         if not isinstance(layer, FITTED): continue
         shape = -1, *[1] * (layer.weight.ndim - 1)
-        layer.weight.copy_(1 + torch.arange(len(layer.weight)).view(shape).expand_as(layer.weight))
+        own = 1 + torch.arange(len(layer.weight))
+        layer.weight.copy_(own.view(shape).expand_as(layer.weight))
     slim = numbers.cut(masks)
     keep_answers_(slim, numbers.channels, rows)
-    layers = {name: layer for name, layer in slim.named_modules() if isinstance(layer, FITTED)}
-    return {name: layer.weight.flatten(1)[:, 0].round().long() - 1 for name, layer in layers.items()}
+    found = {}
+    for name, layer in slim.named_modules():
+        if not isinstance(layer, FITTED): continue
+        found[name] = layer.weight.flatten(1)[:, 0].round().long() - 1
+    return found
 
 # %% ../../nbs/08_modules/09_mend.ipynb #04747f5b
 PLACES = 64         # of an image that a layer is fitted on, at most
@@ -55,7 +59,8 @@ def some_places(
 ) -> Tensor: # (images * places, numbers), fewer of them
     "An even choice of places, as rows."
     n = x.shape[1]
-    chosen = torch.arange(min(n, PLACES), device=x.device) * n // min(n, PLACES)
+    most = min(n, PLACES)
+    chosen = torch.arange(most, device=x.device) * n // most
     return x[:, chosen].flatten(0, 1)
 
 def reads_of(
@@ -63,7 +68,8 @@ def reads_of(
     x: Tensor, # what it reads
 ) -> Tensor: # (rows, numbers that one output is made of)
     "The inputs of a layer, place by place."
-    if isinstance(layer, nn.Linear): return some_places(x.reshape(len(x), -1, x.shape[-1]))
+    if isinstance(layer, nn.Linear):
+        return some_places(x.reshape(len(x), -1, x.shape[-1]))
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     return some_places(patches.transpose(1, 2))
 
@@ -72,7 +78,8 @@ def writes_of(
     y: Tensor, # what it writes
 ) -> Tensor: # (rows, outputs)
     "The outputs of a layer, place by place."
-    if isinstance(layer, nn.Linear): return some_places(y.reshape(len(y), -1, y.shape[-1]))
+    if isinstance(layer, nn.Linear):
+        return some_places(y.reshape(len(y), -1, y.shape[-1]))
     return some_places(y.flatten(2).transpose(1, 2))
 
 # %% ../../nbs/08_modules/09_mend.ipynb #812d5680
@@ -146,7 +153,8 @@ def trained_masks(
     "The kernels that training has left to some classes."
     kept = model.method.kernels_of_classes(model)
     if kept is None: return None
-    return dict(zip(model.kernels, kept[rows].any(0).split(list(model.kernels.values()))))
+    masks = kept[rows].any(0).split(list(model.kernels.values()))
+    return dict(zip(model.kernels, masks))
 
 def held_layer(net: nn.Module, name: str) -> nn.Module:
     "A layer, whether a point holds it or not."
@@ -165,13 +173,16 @@ def aims_of(
     kept = outputs_kept(model, masks, rows)
     layers = {name: held_layer(model.net, name) for name in fittable(module) if name in kept}
     logits = []
-    def call(piece: Tensor) -> None: logits.append(model(_as_model_takes(module, piece))[:, rows])
+    def call(piece: Tensor) -> None:
+        answers = model(_as_model_takes(module, piece))
+        logits.append(answers[:, rows])
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         masks = trained_masks(model, rows)
         if masks is not None: stack.enter_context(fixed_masks(model, masks))
         found = heard(call, layers, images, reads=False)
-    return {name: y[:, kept[name].clamp_min(0)] for name, y in found.items()}, torch.cat(logits)
+    aims = {name: y[:, kept[name].clamp_min(0)] for name, y in found.items()}
+    return aims, torch.cat(logits)
 
 # %% ../../nbs/08_modules/09_mend.ipynb #8868a0fd
 @torch.no_grad()
@@ -181,7 +192,8 @@ def distance(
     logits: Tensor, # (images, classes), what it shall answer
 ) -> float:
     "Mean squared error of the logits."
-    with evaluating(module): found = torch.cat([module(piece) for piece in images.split(64)])
+    pieces = images.split(64)
+    with evaluating(module): found = torch.cat([module(piece) for piece in pieces])
     return F.mse_loss(found.double(), logits.double()).item()
 
 def refitted(
@@ -221,7 +233,8 @@ def check_alike(
     "Raises `ValueError` where a layer has other outputs than the model's would have after the cut."
     for name, y in aims.items():
         if len(module.get_submodule(name).weight) == y.shape[1]: continue
-        raise WrongValue(f'{name} is another layer in this model; give the model that the module was cut out of')
+        raise WrongValue(f'{name} is another layer in this model; give the model that '
+                         'the module was cut out of')
 
 # %% ../../nbs/08_modules/09_mend.ipynb #ab16749c
 def mend(

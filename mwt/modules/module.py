@@ -606,7 +606,8 @@ def check_origin(
         raise WrongValue(f'its origin is {shortened(origin)}')
     lists, rows, places = origin['lists'], origin['rows'], origin['places'] or {}
     for numbers in [*lists, rows]:
-        if all(type(n) is int and 0 <= n < 1 << 31 for n in numbers) and len(set(numbers)) == len(numbers): continue
+        whole = all(type(n) is int and 0 <= n < 1 << 31 for n in numbers)
+        if whole and len(set(numbers)) == len(numbers): continue
         raise WrongValue(f'its origin has the places {shortened(numbers)}')
     sizes = dict(enumerate(map(len, lists))) | dict(rows=len(rows))
     if len(rows) != len(module.classes) or not isinstance(origin['model'], str):
