@@ -172,7 +172,7 @@ def test_run_that_is_complete_says_so(
         assert 'is complete, nothing is left to do' in said and 'best epoch 1' in said
     assert "holds a complete run with epochs 1, not 2" in refused(*words, '--epochs', 2)
     assert "with lr 0.05, not 0.1" in refused(*words, '--epochs', 1, '--lr', 0.1)
-    assert "with target_krr 0.15, not 0.2" in refused(*words, '--epochs', 1, '--target-krr', 0.2)
+    assert "with target_krr None, not 0.2" in refused(*words, '--epochs', 1, '--target-krr', 0.2)
     assert hashes(run) == before
 
 
