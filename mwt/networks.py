@@ -312,7 +312,7 @@ def mobilenet_v1(num_classes: int = 10, width: float = 1.0, in_channels: int = 3
     return MobileNetV1(num_classes, width, in_channels)
 
 def lenet5(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> LeNet5:
-    "LeNet5: 2 convolutions, 62,006 parameters for ten classes of colour images."
+    "LeNet5, for images of 13 pixels or more: 62,006 parameters for ten classes in colour."
     return LeNet5(num_classes, width, in_channels)
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = dict(
