@@ -222,7 +222,7 @@ def time_over_plain(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
     same = [*ABOUT[:-1], 'device']
     ratios = []
     for r in runs:
-        plains = [p['cpu_seconds'] for p in rows if p['method'] == 'plain' and 'cpu_seconds' in p
+        plains = [p['cpu_seconds'] for p in rows if p['method'].split(',')[0] == 'plain' and 'cpu_seconds' in p
                   and all(p.get(k) == r.get(k) for k in same)]
         if plains and 'cpu_seconds' in r: ratios.append(r['cpu_seconds'] / statistics.mean(plains))
     return f'{statistics.mean(ratios):.2f}' if ratios else '-'

@@ -59,7 +59,7 @@ def test_gates_learn_nothing_from_outsiders() -> None:
 def test_step_never_waits(dense: bool) -> None:
     model = modularize(create_model('simcnn', 4, .05, 1, seed=0), 4, example_input=torch.zeros(1, 1, 8, 8),
                        reject=True, dense=dense)
-    assert step_calls(model, random_batches(32, 4, 16), 1.5).total() > 100
+    assert step_calls(model, random_batches(64, 4, 16), 1.5).total() > 100
 
 
 def test_two_classes_cannot_reject() -> None:

@@ -241,7 +241,7 @@ def set_gates(self: ClassGates,
     members = pairs.flatten()
     for cost, total in zip((found, wanted), sums): total.index_add_(0, members, cost.repeat(2))
     ratio = (sums[1] + 1e-9) / (sums[0] + 1e-9)
-    self.balance.mul_(ratio.sqrt()).clamp_(1e-6, 1e6)
+    self.balance.mul_(ratio).clamp_(1e-6, 1e6)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #a7482367
 @dataclass(frozen=True)
