@@ -220,10 +220,10 @@ ABOUT = 'data', 'size', 'network', 'epochs', 'batch', 'method'
 def time_over_plain(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
     "Seconds of processor time in training over those of the plain runs on the same machine."
     same = [*ABOUT[:-1], 'device']
-    ratios = []
+    ratios, timed = [], [p for p in rows if 'cpu_seconds' in p]
     for r in runs:
-        plains = [p['cpu_seconds'] for p in rows if p['method'].split(',')[0] == 'plain' and 'cpu_seconds' in p
-                  and all(p.get(k) == r.get(k) for k in same)]
+        beside = [p for p in timed if all(p.get(k) == r.get(k) for k in same)]
+        plains = [p['cpu_seconds'] for p in beside if p['method'].split(',')[0] == 'plain']
         if plains and 'cpu_seconds' in r: ratios.append(r['cpu_seconds'] / statistics.mean(plains))
     return f'{statistics.mean(ratios):.2f}' if ratios else '-'
 
