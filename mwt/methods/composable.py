@@ -160,10 +160,10 @@ def without_ties(
     scores: Tensor, # (classes, units), at least 0
 ) -> Tensor: # (classes, units), double; no two of a class are equal
     "Scores in the same order, with equal ones in the order of `tie_rank`."
-    scores = scores.double().nan_to_num(0., 1e38)
+    scores = scores.to(torch.float64, copy=True).nan_to_num_(0., 1e38)      # may be large: no more copies
     rank = tie_rank(scores.shape[1], scores.device)
     lowered = 1 - 1e-9 * (rank + 1).double() / len(rank)
-    return scores.clamp_min(1e-12 * scores.amax().clamp_min(1e-30)) * lowered
+    return scores.clamp_min_(1e-12 * scores.amax().clamp_min(1e-30)).mul_(lowered)
 
 def best_of_groups(
     scores: Tensor, # (classes, units), from `without_ties`
@@ -171,8 +171,8 @@ def best_of_groups(
 ) -> Tensor: # (classes, units) boolean
     "The best unit of each group, for each class."
     where = groups.expand_as(scores)
-    none = torch.full_like(scores, -1)              # there are at most as many groups as units
-    return scores >= none.scatter_reduce(1, where, scores, 'amax').gather(1, where)
+    best = torch.full_like(scores, -1)              # there are at most as many groups as units
+    return scores >= best.scatter_reduce_(1, where, scores, 'amax').gather(1, where)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #efdfb01e
 SAMPLE = 2**16      # scores that a threshold is chosen from; more are thinned out evenly
@@ -186,7 +186,7 @@ def open_gates(
     "Open the gates with the highest scores; of every group and class at least one."
     if fraction >= 1: return torch.ones_like(scores)
     distinct = without_ties(scores)
-    distinct = distinct.masked_fill(best_of_groups(distinct, groups), math.inf)
+    distinct.masked_fill_(best_of_groups(distinct, groups), math.inf)
     first, second = class_pairs(len(scores), scores.device)
     pairs = torch.maximum(distinct[first], distinct[second])
     step = -(-distinct.numel() // SAMPLE)
