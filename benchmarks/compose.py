@@ -35,7 +35,7 @@ from mwt.modules.module import SlimModule
 from mwt.networks import create_model
 from mwt.runs.report import environment
 from mwt.train.fit import fit
-from results import FOLDER, figure, read
+from results import FOLDER, figure, markdown, read, run_or_table
 
 RESULTS = FOLDER/'compose.jsonl'
 PRESETS: dict[str, dict[str, Any]] = {
@@ -129,32 +129,22 @@ def table(path: Path) -> str:
         about = r['data'], ' '.join(r['networks']), r['epochs'], r['models'], r['modules']
         groups.setdefault(about, []).append(r)
     head = ['data', 'networks', 'epochs', 'models', 'modules', 'seeds', *COLUMNS]
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    lines = []
     for about, rows in groups.items():
         cells = [*map(str, about), str(len(rows)), *(figure(rows, k) for k in COLUMNS.values())]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('run')
-    r.add_argument('--data', required=True,
-                   help='a folder of images of ten classes, or the name of a data set')
-    r.add_argument('--root', default='data', help='decoded images are kept here')
-    r.add_argument('--preset', default='cpu', choices=PRESETS)
+def options(r: argparse.ArgumentParser) -> None:
+    "What this benchmark alone can be told."
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ..., taken in turns')
     r.add_argument('--models', nargs='+', choices=MODELS, help='what the models were trained on')
-    r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('epochs', 'batch'): r.add_argument(f'--{name}', type=int)
-    r.add_argument('--device', default=None)
-    r.add_argument('--threads', type=int, default=0)
     r.add_argument('--show-progress', action='store_true', help='progress bars')
-    t = sub.add_parser('table')
-    for q in (r, t): q.add_argument('--results', type=Path, default=RESULTS, help='where results are kept')
-    a = p.parse_args()
-    run(a) if a.command == 'run' else print(table(a.results))
+
+
+def main() -> None: run_or_table(__doc__, PRESETS, RESULTS, run, table, options)
 
 
 if __name__ == '__main__': main()

@@ -46,7 +46,7 @@ from mwt.modules.extract import extract
 from mwt.networks import create_model
 from mwt.runs.report import environment
 from mwt.train.fit import fit
-from results import FOLDER, each, figure, read, values
+from results import FOLDER, each, figure, markdown, read, run_or_table, values
 
 RESULTS = FOLDER/'layerwise.jsonl'
 RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15)
@@ -291,34 +291,25 @@ def table(path: Path) -> str:
             groups.setdefault((r['depth'], r['width'], r['epochs'], r['how'], detail), []).append(r)
         columns = COLUMNS[part]
         head = ['depth', 'width', 'epochs', 'how', 'detail', 'runs', 'seconds', *(c for c, _ in columns)]
-        lines = [f'**{part}**', '', '| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+        lines = []
         for group, runs in groups.items():
             seconds = sum(values(runs, 'seconds')) / 100 / len(runs)
             cells = [*map(str, group), str(len(runs)), f'{seconds:.1f}']
             cells += [figure(runs, k) for _, k in columns]
-            lines.append('| ' + ' | '.join(cells) + ' |')
-        texts.append('\n'.join(lines))
+            lines.append(cells)
+        texts.append(f'**{part}**\n\n{markdown(head, lines)}')
     return '\n\n'.join(texts)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('run')
-    r.add_argument('--data', required=True, help='a folder of images, or the name of a data set')
-    r.add_argument('--root', default='data', help='decoded images are kept here')
-    r.add_argument('--preset', default='cpu', choices=PRESETS)
+def options(r: argparse.ArgumentParser) -> None:
+    "What this benchmark alone can be told."
     r.add_argument('--parts', nargs='+', default=list(PARTS), choices=list(PARTS))
-    r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('depth', 'epochs', 'retrain', 'attacked', 'worst', 'batch', 'pairs'):
         r.add_argument(f'--{name}', type=int)
     r.add_argument('--width', type=float)
-    r.add_argument('--device', default=None)
-    r.add_argument('--threads', type=int, default=0)
-    t = sub.add_parser('table')
-    for q in (r, t): q.add_argument('--results', type=Path, default=RESULTS, help='where results are kept')
-    a = p.parse_args()
-    run(a) if a.command == 'run' else print(table(a.results))
+
+
+def main() -> None: run_or_table(__doc__, PRESETS, RESULTS, run, table, options)
 
 
 if __name__ == '__main__': main()

@@ -44,7 +44,7 @@ from mwt.modules.modularity import jaccard_coupling
 from mwt.runs.report import environment
 from mwt.train.history import TrainConfig
 from mwt.train.fit import fit
-from results import FOLDER, figure, read
+from results import FOLDER, figure, markdown, read, run_or_table
 from trained import modular_network, new_network, trained_network
 
 RESULTS = FOLDER/'quality.jsonl'
@@ -234,40 +234,31 @@ def table(path: Path) -> str:
     rows = read(path)
     for r in rows: groups.setdefault(tuple(r.get(k) for k in ABOUT), []).append(r)
     head = [*ABOUT, 'seeds', *(c[0] for c in COLUMNS), 'time over plain']
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    lines = []
     for about, runs in sorted(groups.items(), key=lambda group: [str(k) for k in group[0]]):
         cells = [str(k or '-').replace(',', ', ') for k in about] + [str(len(runs))]
         cells += [figure(runs, k) for _, k in COLUMNS] + [time_over_plain(runs, rows)]
-        lines.append('| ' + ' | '.join(cells) + ' |')
+        lines.append(cells)
     gpu = USUAL | PRESETS['gpu']
     planned = itertools.product(gpu['networks'], [gpu['epochs']], [gpu['batch']], gpu['methods'])
     missing = [m for m in planned if m not in {group[2:] for group in groups}]
     absent = ['not run'] * (len(COLUMNS) + 1)
-    lines += ['| ' + ' | '.join(['-', '-', *map(str, m), '0', *absent]) + ' |' for m in missing]
-    return '\n'.join(lines)
+    lines += [['-', '-', *map(str, m), '0', *absent] for m in missing]
+    return markdown(head, lines)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('run')
-    r.add_argument('--data', required=True, help='a folder of images, or the name of a data set')
-    r.add_argument('--root', default='data', help='decoded images are kept here')
+def options(r: argparse.ArgumentParser) -> None:
+    "What this benchmark alone can be told."
     r.add_argument('--trained', type=Path, help='plain networks are kept here (default: ROOT/trained)')
-    r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
     r.add_argument('--methods', nargs='+',
                    help='plain, composable, mwt, or with settings, of the method or of the recipe: '
                         'composable,full_fraction=0.5')
-    r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('epochs', 'batch', 'fives', 'size'): r.add_argument(f'--{name}', type=int)
-    r.add_argument('--device', default=None)
-    r.add_argument('--threads', type=int, default=0)
     r.add_argument('--show-progress', action='store_true', help='progress bars')
-    t = sub.add_parser('table')
-    for q in (r, t): q.add_argument('--results', type=Path, default=RESULTS, help='where results are kept')
-    a = p.parse_args()
-    run(a) if a.command == 'run' else print(table(a.results))
+
+
+def main() -> None: run_or_table(__doc__, PRESETS, RESULTS, run, table, options)
 
 
 if __name__ == '__main__': main()

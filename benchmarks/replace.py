@@ -43,7 +43,7 @@ from mwt.modules.replace import fit_patch
 from mwt.networks import create_model
 from mwt.runs.report import environment
 from mwt.train.fit import fit
-from results import FOLDER, figure, read
+from results import FOLDER, figure, markdown, read, run_or_table
 
 RESULTS = FOLDER/'replace.jsonl'
 PRESETS: dict[str, dict[str, Any]] = {
@@ -189,35 +189,25 @@ def table(path: Path) -> str:
         groups.setdefault(key, []).append(r)
     head = ['data', 'strong', 'epochs', 'weak model', 'way', 'n', 'weak on the class', 'change',
             'weak on the others', 'change', 'parameters added', 'seconds']
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    lines = []
     for about, rows in groups.items():
         cells = [*map(str, about), str(len(rows))]
         cells += [figure(rows, k) for k in ('weak_target', 'change_target', 'weak_others', 'change_others')]
         cells.append(f"{statistics.mean(r['added'] for r in rows):,.0f}")
         cells.append(f"{statistics.mean(r['seconds'] for r in rows):.2f}")
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('run')
-    r.add_argument('--data', required=True,
-                   help='a folder of images of ten classes, or the name of a data set')
-    r.add_argument('--root', default='data', help='decoded images are kept here')
-    r.add_argument('--preset', default='cpu', choices=PRESETS)
+def options(r: argparse.ArgumentParser) -> None:
+    "What this benchmark alone can be told."
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ... of the strong models')
     r.add_argument('--weak', nargs=2, type=int, help='epochs after which the weak model is looked at')
-    r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('epochs', 'batch'): r.add_argument(f'--{name}', type=int)
-    r.add_argument('--device', default=None)
-    r.add_argument('--threads', type=int, default=0)
     r.add_argument('--show-progress', action='store_true', help='progress bars')
-    t = sub.add_parser('table')
-    for q in (r, t): q.add_argument('--results', type=Path, default=RESULTS, help='where results are kept')
-    a = p.parse_args()
-    run(a) if a.command == 'run' else print(table(a.results))
+
+
+def main() -> None: run_or_table(__doc__, PRESETS, RESULTS, run, table, options)
 
 
 if __name__ == '__main__': main()

@@ -1,7 +1,7 @@
 """The stored results: rows of `results/NAME.jsonl`, and what is said of several runs at once."""
 from __future__ import annotations
-import json, statistics
-from collections.abc import Mapping, Sequence
+import argparse, json, statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +53,34 @@ def figure(rows: Sequence[Row], name: str) -> str:
     "Mean and spread together: `95.0 ± 0.3`; the mean alone for a single run."
     if len(values(rows, name)) < 2: return mean(rows, name)
     return f'{mean(rows, name)} ± {spread(rows, name)}'
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    "A table in Markdown."
+    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    return '\n'.join([*lines, *('| ' + ' | '.join(cells) + ' |' for cells in rows)])
+
+
+def run_or_table(
+    doc: str, # of the script
+    presets: Iterable[str], # names
+    path: Path, # where results are kept
+    run: Callable[[argparse.Namespace], None], # makes rows and keeps them
+    table: Callable[[Path], str], # shows all that are kept
+    more: Callable[[argparse.ArgumentParser], None], # adds the options that this script alone has
+) -> None:
+    "The commands `run` and `table` of a benchmark that is run for hours."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = p.add_subparsers(dest='command', required=True)
+    r, t = sub.add_parser('run'), sub.add_parser('table')
+    r.add_argument('--data', required=True, help='a folder of images, or the name of a data set')
+    r.add_argument('--root', default='data', help='decoded images are kept here')
+    r.add_argument('--preset', default='cpu', choices=presets)
+    r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    r.add_argument('--device', default=None)
+    r.add_argument('--threads', type=int, default=0)
+    more(r)
+    for q in (r, t): q.add_argument('--results', type=Path, default=path, help='where results are kept')
+    a = p.parse_args()
+    if a.command == 'run': run(a)
+    else: print(table(a.results))

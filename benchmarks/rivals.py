@@ -59,7 +59,7 @@ from mwt.networks import create_model
 from mwt.runs.report import environment
 from mwt.train.fit import fit
 from quality import NETWORKS, RECIPE, class_sets, settings_of
-from results import FOLDER, each, figure, read
+from results import FOLDER, each, figure, markdown, read, run_or_table
 from trained import file_of, trained_network
 
 RESULTS = FOLDER/'rivals.jsonl'
@@ -311,37 +311,28 @@ def table(path: Path) -> str:
              for word, key in (('as cut', 'accuracy'), ('tuned', 'tuned'))]
     head = [*ABOUT, 'seeds', 'modules', *(c[0] for c in COLUMNS + kinds), 'layers that may go',
             'seconds of preparation', 'training over plain']
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    lines = []
     for about, rows in sorted(groups.items(), key=lambda group: place(*group[0])):
         seeds = seeds_of(rows)
         cells = [str(k).replace(',', ', ') for k in about] + [str(len(seeds)), str(len(rows))]
         cells += [figure(seeds, key) for _, key in COLUMNS + kinds]
         cells += [rows[0]['layers'], f"{statistics.median(r['prepare_seconds'] for r in rows):.1f}",
                   f"{mean_of(rows, 'train_over_plain'):.2f}"]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('run')
-    r.add_argument('--data', required=True, help='a folder of images, or the name of a data set')
-    r.add_argument('--root', default='data', help='decoded images are kept here')
+def options(r: argparse.ArgumentParser) -> None:
+    "What this benchmark alone can be told."
     r.add_argument('--trained', type=Path, help='trained networks are kept here (default: ROOT/trained)')
-    r.add_argument('--preset', default='cpu', choices=PRESETS)
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
     r.add_argument('--methods', nargs='+', default=ALL, help='also with settings: narrow,rounds=20')
-    r.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     for name in ('epochs', 'batch', 'pairs', 'fives', 'tune'): r.add_argument(f'--{name}', type=int)
     r.add_argument('--target-flops', type=float, help='one size for all, not that of composable')
-    r.add_argument('--device', default=None)
-    r.add_argument('--threads', type=int, default=0)
     r.add_argument('--show-progress', action='store_true', help='progress bars')
-    t = sub.add_parser('table')
-    for q in (r, t): q.add_argument('--results', type=Path, default=RESULTS, help='where results are kept')
-    a = p.parse_args()
-    run(a) if a.command == 'run' else print(table(a.results))
+
+
+def main() -> None: run_or_table(__doc__, PRESETS, RESULTS, run, table, options)
 
 
 if __name__ == '__main__': main()
