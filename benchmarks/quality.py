@@ -43,9 +43,8 @@ from mwt.measure import count_flops, count_params, evaluate
 from mwt.modules.modularity import jaccard_coupling
 from mwt.runs.report import environment
 from mwt.train.history import TrainConfig
-from mwt.train.fit import fit
 from results import FOLDER, figure, markdown, read, run_or_table
-from trained import modular_network, new_network, trained_network
+from trained import modular_network, trained_network
 
 RESULTS = FOLDER/'quality.jsonl'
 RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
@@ -159,18 +158,13 @@ SIZES = 1, 2, 5, 10, 50         # of target sets
 def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: ImageData) -> dict[str, Any]:
     "Train and judge one network."
     (masks, recipe), (before, epochs) = settings_of(method), epochs_of(method, a.epochs)
+    began, model, train = time.perf_counter(), None, partial(trained_network, a.trained, network)
     if before:
-        model, _ = trained_network(a.trained, network, 'plain', None, RECIPE, before, seed, data)
+        model, _ = train('plain', None, RECIPE, before, seed, data)
         if masks: model = modular_network(model, masks, seed, data)
-    else: model = new_network(network, masks, seed, data)
-    start, cpu = time.perf_counter(), time.process_time()
-    history = fit(model, data, epochs, seed=seed, device=data.device,
-                  show_progress=a.show_progress, **recipe)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    model, cost = train(method, masks, recipe, epochs, seed, data, a.show_progress, model)
     net = model.net if masks else model
-    result = dict(train_seconds=seconds, cpu_seconds=cpu, params=count_params(net),
-                  valid=history.series('valid_accuracy')[history.best_epoch - 1],
-                  full=evaluate(model, data.test))
+    result = cost | dict(params=count_params(net), full=evaluate(model, data.test))
     if masks:
         parts = decompose(model, data.train, show_progress=False)
         n, logits = data.n_classes, logits_of(model, data)
@@ -182,7 +176,7 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
             sets = class_sets(n, size, a.fives)
             result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
         result |= latencies(model, parts, data, class_sets(n, 2, 45)[::9])
-    return result | dict(seconds=time.perf_counter() - start)
+    return result | dict(seconds=time.perf_counter() - began)
 
 
 def key_of(a: argparse.Namespace, network: str, method: str, seed: int) -> dict[str, Any]:
@@ -249,7 +243,8 @@ def table(path: Path) -> str:
 
 def options(r: argparse.ArgumentParser) -> None:
     "What this benchmark alone can be told."
-    r.add_argument('--trained', type=Path, help='plain networks are kept here (default: ROOT/trained)')
+    r.add_argument('--trained', type=Path,
+                   help='trained networks are kept here, for rivals.py too (default: ROOT/trained)')
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ...')
     r.add_argument('--methods', nargs='+',
                    help='plain, composable, mwt, or with settings, of the method or of the recipe: '

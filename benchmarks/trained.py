@@ -43,14 +43,16 @@ def trained_network(
     seed: int,
     data: ImageData,
     show_progress: bool = False,
-) -> tuple[nn.Module, dict[str, float]]: # the network; `train_seconds` and `cpu_seconds`
-    "A trained network, from the folder where it is there."
-    model = new_network(network, masks, seed, data)
+    model: nn.Module | None = None, # to go on from; a new one if not given
+) -> tuple[nn.Module, dict[str, float]]: # the network; `train_seconds`, `cpu_seconds`, `valid`
+    "A trained network, from the folder where it is there, and its accuracy on images held out."
+    if model is None: model = new_network(network, masks, seed, data)
     path = file_of(folder, network, method, epochs, data.train.batch_size, seed, data=data)
     if path.exists(): return model.to(data.device), load_checkpoint(model, path)['cost']
     start, cpu = time.perf_counter(), time.process_time()
-    fit(model, data, epochs, seed=seed, device=data.device, show_progress=show_progress, **recipe)
-    cost = dict(train_seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
+    history = fit(model, data, epochs, seed=seed, device=data.device, show_progress=show_progress, **recipe)
+    cost = dict(train_seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu,
+                valid=history.series('valid_accuracy')[history.best_epoch - 1])
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model, path, dict(cost=cost))
     return model, cost

@@ -2,6 +2,7 @@
 from __future__ import annotations
 import ast, functools, http.server, json, re, shutil, subprocess, sys, threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
 import pytest
@@ -27,11 +28,41 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder/'html'
 
 
+def squeezed(text: str) -> str: return re.sub(r'\s+', '', text)
+
+
+@dataclass
+class Page:
+    "What the tests look at in a page; parsed, all pages would take a gigabyte."
+    file: Path
+    ids: set[str]
+    links: set[str]
+    loaded: list[str] # what the page makes a browser ask for
+    text: str # of its article, without white space
+
+    @property
+    def soup(self) -> BeautifulSoup: return parsed(self.file)
+
+
+@functools.lru_cache(maxsize=2)         # the index of the reference, and a page of it
+def parsed(file: Path) -> BeautifulSoup: return BeautifulSoup(file.read_text(encoding='utf-8'), 'html.parser')
+
+
+LOADED = ', '.join(['[src]', *(f'link[rel~={kind}]' for kind in ('stylesheet', 'icon', 'preload'))])
+
+def read_page(file: Path) -> Page:
+    soup = parsed(file)
+    article = soup.select_one('article')
+    return Page(file, {t['id'] for t in soup.select('[id]')}, {a['href'] for a in soup.select('a[href]')},
+                [t.get('src') or t.get('href') for t in soup.select(LOADED)],
+                squeezed(article.get_text()) if article else '')
+
+
 @pytest.fixture(scope='module')
-def pages(site: Path) -> dict[str, BeautifulSoup]:
-    "Every page, parsed, by its path in the site."
-    return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser')
-            for p in sorted(site.rglob('*.html')) if '_static' not in p.parts}
+def pages(site: Path) -> dict[str, Page]:
+    "Every page by its path in the site."
+    files = sorted(p for p in site.rglob('*.html') if '_static' not in p.parts)
+    return {p.relative_to(site).as_posix(): read_page(p) for p in files}
 
 
 def page_of(notebook: Path) -> str:
@@ -63,13 +94,13 @@ def names(module: str) -> tuple[list[str], list[str]]:
 # The files
 
 @pytest.mark.parametrize('module', modules())
-def test_every_public_symbol_is_in_the_reference(module: str, pages: dict[str, BeautifulSoup]) -> None:
+def test_every_public_symbol_is_in_the_reference(module: str, pages: dict[str, Page]) -> None:
     public, internal = names(module)
     if not public + internal: return
-    reference = pages[f'reference/{module}.html']
+    reference = pages[f'reference/{module}.html'].soup
     heads = [h for h in reference.select('section > :is(h2, h3)') if h.code]
     entries = {h.code.get_text(): h.find_parent('section') for h in heads}
-    listed = {a.get_text() for a in pages['reference/index.html'].select('table a')}
+    listed = {a.get_text() for a in pages['reference/index.html'].soup.select('table a')}
     assert not {*public, *internal} - entries.keys()
     assert not {*public, *internal} - listed
     for name in public + internal:
@@ -80,16 +111,16 @@ def test_every_public_symbol_is_in_the_reference(module: str, pages: dict[str, B
 
 
 @pytest.mark.parametrize('module', modules())
-def test_public_names_come_first_in_the_reference(module: str, pages: dict[str, BeautifulSoup]) -> None:
+def test_public_names_come_first_in_the_reference(module: str, pages: dict[str, Page]) -> None:
     public, internal = names(module)
     if not public or not internal: return
-    heads = pages[f'reference/{module}.html'].select('section > :is(h2, h3)')
+    heads = pages[f'reference/{module}.html'].soup.select('section > :is(h2, h3)')
     order = [h.code.get_text() for h in heads if h.code]
     assert max(map(order.index, public)) < min(map(order.index, internal))
 
 
-def test_chapters_stand_in_reading_order(pages: dict[str, BeautifulSoup]) -> None:
-    tree = pages['index.html'].select_one('.sidebar-tree')
+def test_chapters_stand_in_reading_order(pages: dict[str, Page]) -> None:
+    tree = pages['index.html'].soup.select_one('.sidebar-tree')
     captions = tree.select('p.caption')
     shown = {c.get_text(): [a['href'] for a in c.find_next('ul').select('a.internal')] for c in captions}
     groups = {'Chapters': chapters()} | {c: in_folder(NBS/folder) for c, folder in GROUPS.items()}
@@ -112,13 +143,10 @@ def chapters() -> list[str]:
     return found + in_folder(NBS)
 
 
-def squeezed(text: str) -> str: return re.sub(r'\s+', '', text)
-
-
-def test_exported_code_is_shown_and_hidden_cells_are_not(pages: dict[str, BeautifulSoup]) -> None:
+def test_exported_code_is_shown_and_hidden_cells_are_not(pages: dict[str, Page]) -> None:
     for path in notebooks():
         if path.name == 'index.ipynb': continue
-        text = squeezed(pages[page_of(path)].select_one('article').get_text())
+        text = pages[page_of(path)].text
         for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
             code = ''.join(cell['source'])
             body = squeezed(re.sub(r'^#\|.*$', '', code, flags=re.M))
@@ -129,28 +157,25 @@ def test_exported_code_is_shown_and_hidden_cells_are_not(pages: dict[str, Beauti
             assert not hidden or body not in text, f'{path.name} shows\n{code}'
 
 
-def test_no_dead_link(site: Path, pages: dict[str, BeautifulSoup]) -> None:
-    anchors = {page: {t['id'] for t in soup.select('[id]')} for page, soup in pages.items()}
+def test_no_dead_link(site: Path, pages: dict[str, Page]) -> None:
     dead = []
-    for page, soup in pages.items():
-        for href in {a['href'] for a in soup.select('a[href]')}:
+    for name, page in pages.items():
+        for href in page.links:
             if urlparse(href).scheme or href.startswith('//'): continue
             target, fragment = urldefrag(href)
-            file = (site/page).parent/unquote(target) if target else site/page
-            name = file.resolve().relative_to(site.resolve()).as_posix()
-            found = file.is_file() and (not fragment or unquote(fragment) in anchors.get(name, ()))
-            if not found: dead.append(f'{page}: {href}')
+            file = page.file.parent/unquote(target) if target else page.file
+            other = pages.get(file.resolve().relative_to(site.resolve()).as_posix())
+            found = file.is_file() and (not fragment or other and unquote(fragment) in other.ids)
+            if not found: dead.append(f'{name}: {href}')
     assert not dead
 
 
-def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[str, BeautifulSoup]) -> None:
+def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[str, Page]) -> None:
     far = re.compile(r'^(?:https?:)?//')
-    selector = ', '.join(['[src]', *(f'link[rel~={kind}]' for kind in ('stylesheet', 'icon', 'preload'))])
-    for page, soup in pages.items():
-        loaded = [t.get('src') or t.get('href') for t in soup.select(selector)]
-        assert not [u for u in loaded if far.match(u)], page
-        near = [u for u in loaded if not u.startswith('data:')]
-        assert not [u for u in near if not ((site/page).parent/urlparse(u).path).is_file()], page
+    for name, page in pages.items():
+        assert not [u for u in page.loaded if far.match(u)], name
+        near = [u for u in page.loaded if not u.startswith('data:')]
+        assert not [u for u in near if not (page.file.parent/urlparse(u).path).is_file()], name
     for css in site.rglob('*.css'):
         text = css.read_text(encoding='utf-8')
         assert not re.search(r'(?:url\(|@import)\s*["\']?(?:https?:)?//', text), css
@@ -244,7 +269,7 @@ ready.then(() => {
 
 WIDTHS = 1440, 1100, 390        # of a window: a desk, a small desk, a phone
 
-def test_every_page_looks_right(pages: dict[str, BeautifulSoup], address: str, browser) -> None:
+def test_every_page_looks_right(pages: dict[str, Page], address: str, browser) -> None:
     wrong = {}
     for page in pages:
         resize(browser, WIDTHS[0])
