@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                     methods=['composable,dense=0', 'composable,target_krr=0.27']),
     'width': dict(networks=[f'{name}:{width}' for width in (.25, .5, 1) for name in ('simcnn', 'resnet18')],
                   methods=BOTH, epochs=10, size=16),
-    'deep': dict(networks=['resnet44:1', 'mobilenet_v2:0.5'], methods=BOTH, epochs=10),
+    'deep': dict(networks=['resnet_cifar:1', 'mobilenet:0.5'], methods=BOTH, epochs=10),
     'ablation': dict(networks=['simcnn:0.125'], epochs=5, methods=[
         'plain', 'composable', 'composable,dense=0', 'composable,set_fraction=0.25',
         'composable,set_fraction=1', 'composable,distill=0', 'composable,distill=1',
