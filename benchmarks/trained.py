@@ -15,9 +15,11 @@ from mwt.train.fit import fit
 
 
 def new_network(network: str, masks: Method | None, seed: int, data: ImageData) -> nn.Module:
-    "A network `NAME:WIDTH` with random weights; with masks, where a method is given."
-    name, width = network.split(':')
-    model = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
+    "A network `NAME:WIDTH` with random weights, or `NAME:WIDTH,depth=20`; with masks, if a method is given."
+    name, _, rest = network.partition(':')
+    width, *more = rest.split(',')
+    options = {k: int(v) for k, v in (word.split('=') for word in more)}
+    model = create_model(name, data.n_classes, float(width), data.channels, seed=seed, **options)
     return model if masks is None else modular_network(model, masks, seed, data)
 
 
@@ -35,7 +37,7 @@ def file_of(folder: Path, *about: Any, data: ImageData) -> Path:
 
 def trained_network(
     folder: Path, # where networks are kept
-    network: str, # `NAME:WIDTH`
+    network: str, # `NAME:WIDTH`, as `new_network` takes it
     method: str, # as it is called: `plain`, `composable,separation=0`
     masks: Method | None, # the method; `None` for a plain network
     recipe: Mapping[str, Any], # of `fit`
