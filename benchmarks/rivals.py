@@ -11,11 +11,13 @@ For each set of classes every method makes one module:
     narrow                  gates closed on the weights of a plain trained network
     ocap, magnitude         class-aware pruning, and Torch-Pruning, of the same plain network
     gradsplitter            gates and heads learned for each class of it
+    recompose               masks of classes, pulled together; a module is their union (recompose,shared=0)
     random                  kernels drawn at random
     full                    all kernels, the outputs of the set
     thin                    a thin network that was trained on the classes of the set alone
 
-Methods that can be asked for a size get that of the composable module of the same classes, in operations.
+Methods that can be asked for a size get that of the composable module of the same classes, in operations;
+recompose, which makes its masks once for all sets, gets that of two classes on average.
 Each module is judged three times on the test images: as it is cut, with new running statistics of its norms,
 and after a fine-tuning of equal length. What a method may not prune makes its modules larger; the columns of
 sizes and of layers say so.
@@ -41,6 +43,7 @@ from mwt.baselines.controls import random_kernels, thin_width, whole_network
 from mwt.baselines.grad_splitter import Split, open_splitter, split
 from mwt.baselines.magnitude import magnitude, torch_pruning
 from mwt.baselines.ocap import layers_of_its_own, ocap
+from mwt.baselines.recompose import Decomposed, recompose
 from mwt.core.files import load_tensors, save_tensors
 from mwt.core.timing import time_in_turns
 from mwt.data.batches import ImageData
@@ -64,7 +67,7 @@ from trained import file_of, trained_network
 
 RESULTS = FOLDER/'rivals.jsonl'
 SHORT = dict(cycles=2, heads_first=1, gate_epochs=1, head_epochs=1, gate_lr_factor=10.)
-OTHERS = ['narrow', 'ocap', 'magnitude', 'gradsplitter', 'random', 'full', 'thin']
+OTHERS = ['narrow', 'ocap', 'magnitude', 'gradsplitter', 'recompose', 'random', 'full', 'thin']
 ALL = ['composable', 'mwt', 'moda', *OTHERS]
 PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(networks=NETWORKS, epochs=10, batch=64, pairs=45, fives=20, tune=2, split=SHORT),
@@ -105,6 +108,7 @@ class Start:
     seed: int
     data: ImageData
     splits: dict[str, tuple[Split, float]] = field(default_factory=dict)
+    decomposed: dict[str, tuple[Decomposed, float]] = field(default_factory=dict)
     models: dict[str, tuple[Any, Any, dict[str, float]]] = field(default_factory=dict)
 
     def trained(self, method: str) -> tuple[nn.Module, dict[str, float]]:
@@ -149,6 +153,14 @@ class Start:
         save_tensors(path, 'splitter', found.splitter.state_dict(), dict(cpu_seconds=seconds))
         return found, seconds
 
+    def masks_of_classes(self, method: str) -> tuple[Decomposed, float]: # and seconds of processor time
+        if method not in self.decomposed:
+            target = dict(target_flops=self.a.target_flops) if self.a.target_flops else {}
+            start, settings = time.process_time(), target | words_of(method)[1]
+            found = recompose(self.plain[0], self.data, **settings, seed=self.seed, show_progress=False)
+            self.decomposed[method] = found, time.process_time() - start
+        return self.decomposed[method]
+
     def goal(self, rows: list[int]) -> float:
         "The fraction of the operations that the module of these classes may keep."
         if self.a.target_flops: return self.a.target_flops
@@ -169,6 +181,9 @@ def make(start: Start, method: str, rows: list[int]) -> tuple[SlimModule, dict[s
     if name == 'gradsplitter':
         found, seconds = start.split(method)
         return found.module(rows), dict(train_over_plain=1 + seconds / cost['cpu_seconds'])
+    if name == 'recompose':
+        decomposed, seconds = start.masks_of_classes(method)
+        return decomposed.module(rows), dict(train_over_plain=1 + seconds / cost['cpu_seconds'])
     if name == 'thin': return thin(start, rows, cost)
     if name == 'full': return whole_network(plain, start.data, rows), dict(train_over_plain=1.)
     makers: dict[str, Callable[..., SlimModule]] = dict(
@@ -207,7 +222,7 @@ def layers(start: Start, method: str) -> str: # e.g. `13 of 14`
     "How many layers with kernels a method may prune."
     name, settings = words_of(method)
     infos, model = start.any_set.model.channels.infos, start.any_set.model
-    counts = dict.fromkeys(('narrow', 'random', 'gradsplitter'), len(model.kernels))
+    counts = dict.fromkeys(('narrow', 'random', 'gradsplitter', 'recompose'), len(model.kernels))
     counts |= dict(full=0, thin=len(infos), magnitude=len(infos) - 1)
     if name in METHODS: n = len(start.modular(method)[0].kernels)
     elif name == 'ocap': n = len(layers_of_its_own(start.any_set, settings.get('skip', 3)))
@@ -225,7 +240,7 @@ def one_module(start: Start, method: str, rows: list[int], timed: bool) -> dict[
     image = torch.zeros(1, *data.shape, device=data.device)
     renormed = copy.deepcopy(module)
     renormalise_(renormed, few.train, STATISTICS)
-    tuned = fine_tune(module, few, a.tune, new_head=False, seed=start.seed, show_progress=False)
+    tuned = fine_tune(module, few, a.tune, new_head=False, amp=True, seed=start.seed, show_progress=False)
     judged = dict(accuracy=module, renormed=renormed, tuned=tuned)
     result |= {key: evaluate(m, few.test) for key, m in judged.items()}
     result |= dict(params=count_params(module) / full['params'],

@@ -73,7 +73,7 @@ def test_quality_goes_on_from_a_trained_network(tmp_path):
 @pytest.mark.slow
 def test_rivals(tmp_path):
     results = tmp_path/'rivals.jsonl'
-    methods = ['full', 'narrow,rounds=2', 'ocap', 'random', 'thin', 'gradsplitter']
+    methods = ['full', 'narrow,rounds=2', 'ocap', 'random', 'thin', 'gradsplitter', 'recompose,rounds=2']
     run = ['run', '--data', 'digits', '--root', tmp_path, '--preset', 'quick', '--pairs', '1', '--fives', '1',
            '--seeds', '0', '--device', 'cpu', '--results', results, '--methods', *methods]
     for _ in range(2): call('rivals', *run)                    # the second time there is nothing left to do

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-import operator
-import torch
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -41,6 +39,7 @@ def check_layered(
     raise WrongType('a ModularModel has masks between its layers; pass plain(model), or a module '
                     'from extract')
 
+# %% ../../nbs/10_layers/01_blocks.ipynb #6ae476b4
 def operations(
     model: nn.Module, # any network, or a module
     example: Tensor, # an input that it accepts
@@ -83,6 +82,7 @@ class Results(fx.Interpreter):
         if tensors: self.found[n] = tensors[0].to('meta')
         return value
 
+# %% ../../nbs/10_layers/01_blocks.ipynb #e2dcbc72
 def results(
     model: nn.Module, # any network
     graph: fx.Graph, # its operations
@@ -123,8 +123,6 @@ def dominators(
     return found
 
 # %% ../../nbs/10_layers/01_blocks.ipynb #8959aab6
-ADDITIONS = frozenset(spellings('add'))
-
 @dataclass
 class Block:
     "A residual block of a traced network."
@@ -135,6 +133,9 @@ class Block:
     projection: bool                # is the skip something else than the identity?
     end: fx.Node                    # the activation behind the addition, or the addition
     layers: list[str] = field(default_factory=list)     # paths of layers and tensors inside
+
+# %% ../../nbs/10_layers/01_blocks.ipynb #215bcc2f
+ADDITIONS = frozenset(spellings('add'))
 
 def is_addition(
     node: fx.Node, # an operation
@@ -203,6 +204,14 @@ def end_of(
     return users[0] if len(users) == 1 and relu_kind(model, users[0]) else add
 
 # %% ../../nbs/10_layers/01_blocks.ipynb #6a99ce48
+def has_weights(
+    model: nn.Module, # that the operation is of
+    node: fx.Node, # the call of a layer
+) -> bool:
+    "Has the layer anything to learn?"
+    return any(True for _ in model.get_submodule(node.target).parameters())
+
+# %% ../../nbs/10_layers/01_blocks.ipynb #8aadfc60
 def made_block(
     model: nn.Module, # that the operations are of
     graph: fx.Graph, # its operations
@@ -220,13 +229,6 @@ def made_block(
     projection = unchanged(model, source) not in sides or not alike
     return Block('', source, add, inside, projection, end_of(model, add), layers)
 
-def has_weights(
-    model: nn.Module, # that the operation is of
-    node: fx.Node, # the call of a layer
-) -> bool:
-    "Has the layer anything to learn?"
-    return any(True for _ in model.get_submodule(node.target).parameters())
-
 # %% ../../nbs/10_layers/01_blocks.ipynb #e43f3671
 def numbered(
     names: Sequence[str], # some perhaps the same, or empty
@@ -241,6 +243,7 @@ def numbered(
         found.append(name)
     return found
 
+# %% ../../nbs/10_layers/01_blocks.ipynb #371b4f27
 def blocks_in(
     model: nn.Module, # that the operations are of
     graph: fx.Graph, # its operations
@@ -294,6 +297,7 @@ def params(self: Blocks,
         found |= {id(t): t.numel() for t in tensors if isinstance(t, nn.Parameter)}
     return sum(found.values())
 
+# %% ../../nbs/10_layers/01_blocks.ipynb #b38e6406
 @patch
 def table(self: Blocks) -> Table: # one row a block
     "What there is, and what can be left out."
@@ -325,6 +329,21 @@ def find_blocks(
 
 # %% ../../nbs/10_layers/01_blocks.ipynb #4ea67c46
 @patch
+def check_usable(self: Blocks,
+    name: Any, # what was given as a name
+    usable: Sequence[str], # what can be used
+) -> None:
+    "Raises `ValueError` for anything else."
+    if isinstance(name, str) and name in usable: return
+    known = ', '.join(usable) or 'none'
+    if name in self.names:
+        raise WrongValue(f'block {name!r} changes what passes by (its skip is no identity), so what '
+                         f'it reads does not fit behind it; blocks that can be given: {known}')
+    raise WrongValue(f'unknown block {shown(name)}{nearest(name, usable)} '
+                     f'(can be given: {known})')
+
+# %% ../../nbs/10_layers/01_blocks.ipynb #a5d5eac4
+@patch
 def chosen(self: Blocks,
     names: str | Sequence[str], # of blocks
     projections: bool = False, # may they be among them?
@@ -339,17 +358,3 @@ def chosen(self: Blocks,
     if not names: raise WrongValue(f'no block given; name at least one of {", ".join(usable)}')
     for name in names: self.check_usable(name, usable)
     return [block for block in self.items if block.name in names]
-
-@patch
-def check_usable(self: Blocks,
-    name: Any, # what was given as a name
-    usable: Sequence[str], # what can be used
-) -> None:
-    "Raises `ValueError` for anything else."
-    if isinstance(name, str) and name in usable: return
-    known = ', '.join(usable) or 'none'
-    if name in self.names:
-        raise WrongValue(f'block {name!r} changes what passes by (its skip is no identity), so what '
-                         f'it reads does not fit behind it; blocks that can be given: {known}')
-    raise WrongValue(f'unknown block {shown(name)}{nearest(name, usable)} '
-                     f'(can be given: {known})')
