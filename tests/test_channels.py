@@ -89,7 +89,10 @@ def in_turns(names: Sequence[str], slow: Container[str] = ()) -> list[Any]:
     return cases
 
 
-CASES = in_turns(FAMILIES, slow={'inception_v3', 'wide_resnet50_2'})
+# Slow are those that are deep, and whose blocks another family or test has too: GoogLeNet's, ResNet's,
+# MobileNet v2's, those of RegNet Y; ShuffleNet is cut by every method in test_extract.
+CASES = in_turns(FAMILIES, slow={'inception_v3', 'wide_resnet50_2', 'mnasnet0_5', 'regnet_x_400mf',
+                                 'shufflenet_v2_x0_5'})
 
 
 @pytest.mark.parametrize('name, method', CASES)

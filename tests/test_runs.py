@@ -269,7 +269,13 @@ WRITES = {
 ERRORS = {errno.ENOSPC: 'is full', errno.EDQUOT: 'the quota on the disk', errno.EACCES: 'is not permitted'}
 
 
-@pytest.mark.parametrize('name', WRITES)
+# Training writes all its files in one way: of the four, the first and the last.
+MORE = {'model.safetensors', 'history.json'}
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE)) for name in WRITES]
+)
 def test_write_that_fails(name: str, run: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     "One line that says what to free; the last good file is intact, and a run goes on once there is room."
     number = list(ERRORS)[len(name) % 3]

@@ -275,7 +275,8 @@ def test_only_fresh_cuts_are_mended(trained: tuple, hard: SlimModule, tmp_path: 
 
 # Budgets
 
-@pytest.mark.parametrize('cost, limits', [('params', [3000, 12_000]), ('flops', [30_000, 120_000])])
+@pytest.mark.parametrize('cost, limits', [
+    ('params', [3000, 12_000]), pytest.param('flops', [30_000, 120_000], marks=pytest.mark.slow)])
 def test_budget_is_kept(cost: str, limits: list[int], trained: tuple, data: ImageData) -> None:
     "By the module itself, and by no candidate with one kernel more."
     model, parts = trained
