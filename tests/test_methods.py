@@ -61,7 +61,7 @@ class Trained:
 @pytest.fixture(scope='module', params=BUILT_IN)
 def trained(request: pytest.FixtureRequest, digits: ImageData) -> Trained:
     model = new_model(request.param, width=0.15)
-    fit(model, digits, epochs=14, lr=0.1, show_progress=False)
+    fit(model, digits, epochs=9, lr=0.1, show_progress=False)
     return Trained(model, decompose(model, digits.train, show_progress=False))
 
 

@@ -91,7 +91,8 @@ def test_onnx_computes_what_the_module_computes(module: SlimModule, tmp_path: Pa
     assert b'.py' not in path.read_bytes(), 'where operations stood in our source code'
 
 
-@pytest.mark.parametrize('change', [copy.copy, torch.nn.Module.double, torch.nn.Module.half,
+@pytest.mark.parametrize('change', [copy.copy, pytest.param(torch.nn.Module.double, marks=pytest.mark.slow),
+                                    torch.nn.Module.half,
                                     lambda m: compose([m, untrained(['c'], mean=.1)])],
                          ids=['plain', 'double', 'half', 'composed'])
 def test_every_module_is_exported(change: Callable, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_everyone_is_a_module_too(trained: Callable, data: ImageData) -> None:
 
 
 def test_a_stopped_run_ends_at_the_same_bits(data: ImageData, tmp_path: Path) -> None:
-    whole, stopped = made(data), made(data)
+    whole, stopped = made(data, 'simcnn'), made(data, 'simcnn')
     fit(whole, data, 4, show_progress=False)
     resume = tmp_path/'run.safetensors'
 
@@ -114,7 +114,7 @@ def test_a_stopped_run_ends_at_the_same_bits(data: ImageData, tmp_path: Path) ->
     try:
         with pytest.raises(Stop): fit(stopped, data, 4, resume=resume, show_progress=False)
     finally: Composable.training_loss = loss
-    again = made(data, seed=1)
+    again = made(data, 'simcnn', seed=1)
     fit(again, data, 4, resume=resume, show_progress=False)
     assert same_state(whole, again)
 
