@@ -1,6 +1,6 @@
 "The documentation site builds without the network, is complete and whole, and looks right in a browser."
 from __future__ import annotations
-import ast, functools, http.server, json, re, shutil, subprocess, sys, threading
+import ast, functools, http.server, json, posixpath, re, shutil, subprocess, sys, threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +163,10 @@ def test_no_dead_link(site: Path, pages: dict[str, Page]) -> None:
         for href in page.links:
             if urlparse(href).scheme or href.startswith('//'): continue
             target, fragment = urldefrag(href)
-            file = page.file.parent/unquote(target) if target else page.file
-            other = pages.get(file.resolve().relative_to(site.resolve()).as_posix())
-            found = file.is_file() and (not fragment or other and unquote(fragment) in other.ids)
+            path = posixpath.join(posixpath.dirname(name), unquote(target))
+            file = posixpath.normpath(path) if target else name
+            if file in pages: found = not fragment or unquote(fragment) in pages[file].ids
+            else: found = not fragment and (site/file).is_file()
             if not found: dead.append(f'{name}: {href}')
     assert not dead
 
@@ -269,15 +270,29 @@ ready.then(() => {
 
 WIDTHS = 1440, 1100, 390        # of a window: a desk, a small desk, a phone
 
-def test_every_page_looks_right(pages: dict[str, Page], address: str, browser) -> None:
-    wrong = {}
-    for page in pages:
-        resize(browser, WIDTHS[0])
-        browser.get(f'{address}/{page}')
-        for width in WIDTHS:
-            resize(browser, width)
-            found = browser.execute_async_script(LOOK, width) + complaints(browser, address)
-            if found: wrong[f'{page} at {width}'] = found
+def looks(pages: Iterable[str], all_widths: bool) -> Iterator[tuple[str, list[int]]]:
+    "Pages and the widths to look at them; the one in the middle often for a folder's first page alone."
+    folders: set[str] = set()
+    for n, page in enumerate(pages):
+        folder = page.rpartition('/')[0]
+        widths = WIDTHS if all_widths or folder not in folders else (WIDTHS[0], WIDTHS[-1])
+        folders.add(folder)
+        yield page, sorted(widths, reverse=n % 2 == 0)  # from where the last page ended: resizing takes longest
+
+
+@pytest.mark.parametrize('all_widths', [False, pytest.param(True, marks=pytest.mark.slow)],
+                         ids=['most widths', 'all widths'])
+def test_every_page_looks_right(all_widths: bool, pages: dict[str, Page], address: str, browser) -> None:
+    wrong, now = {}, 0
+    for page, widths in looks(pages, all_widths):
+        found = []
+        for width in widths:
+            if width != now: resize(browser, width)
+            if width == widths[0]: browser.get(f'{address}/{page}')
+            found += [f'at {width}: {fault}' for fault in browser.execute_async_script(LOOK, width)]
+            now = width
+        found += complaints(browser, address)
+        if found: wrong[page] = found
     assert not wrong, json.dumps(wrong, indent=1)
 
 

@@ -91,7 +91,8 @@ def test_onnx_computes_what_the_module_computes(module: SlimModule, tmp_path: Pa
     assert b'.py' not in path.read_bytes(), 'where operations stood in our source code'
 
 
-@pytest.mark.parametrize('change', [copy.copy, torch.nn.Module.double, torch.nn.Module.half,
+@pytest.mark.parametrize('change', [copy.copy, pytest.param(torch.nn.Module.double, marks=pytest.mark.slow),
+                                    torch.nn.Module.half,
                                     lambda m: compose([m, untrained(['c'], mean=.1)])],
                          ids=['plain', 'double', 'half', 'composed'])
 def test_every_module_is_exported(change: Callable, tmp_path: Path) -> None:
@@ -275,7 +276,8 @@ def test_only_fresh_cuts_are_mended(trained: tuple, hard: SlimModule, tmp_path: 
 
 # Budgets
 
-@pytest.mark.parametrize('cost, limits', [('params', [3000, 12_000]), ('flops', [30_000, 120_000])])
+@pytest.mark.parametrize('cost, limits', [
+    ('params', [3000, 12_000]), pytest.param('flops', [30_000, 120_000], marks=pytest.mark.slow)])
 def test_budget_is_kept(cost: str, limits: list[int], trained: tuple, data: ImageData) -> None:
     "By the module itself, and by no candidate with one kernel more."
     model, parts = trained
