@@ -6,11 +6,11 @@ import pytest
 from run_notebook import differs, say_into
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-# Notebooks that take more than ten seconds, mostly to train networks: tutorials,
-# and chapters whose functions have tests of their own in the files named here.
+# Notebooks that take more than ten seconds, mostly to train networks: tutorials, and chapters whose functions
+# have tests of their own in the files named here.
 SLOW = {
-    'index.ipynb',
-    'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb', 'tutorials/05_many_machines.ipynb',
+    'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
+    'tutorials/05_many_machines.ipynb',
     'tutorials/08_compose.ipynb', 'tutorials/09_replace.ipynb', 'tutorials/10_ship.ipynb',
     '07_train/04_fit.ipynb',                                        # test_training, test_own_loop
     '08_modules/07_compose.ipynb',                                  # test_modules, test_extract, test_reuse
