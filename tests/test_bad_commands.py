@@ -161,7 +161,7 @@ def spoiled() -> Iterator[Any]:
                 yield pytest.param(name, content, word, id=f'{name}-{content}-{word}', marks=marks)
 
 
-@pytest.mark.parametrize('name, content, word', spoiled())
+@pytest.mark.parametrize('name, content, word', [*spoiled()])
 def test_spoiled_file_of_a_run(name: str, content: str, word: str, run: Path, refused: Callable) -> None:
     whole = (run/name).read_bytes()
     (run/name).write_bytes(whole[:len(whole) // 2] if content == 'half' else content.encode())

@@ -44,7 +44,7 @@ def test_quality(methods, tmp_path):
     run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick',
            '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1',
            '--methods', *methods, '--device', 'cpu', '--results', results]
-    said = call_all('quality', run, run, ['table', '--results', results])   # at the second there is nothing to do
+    said = call_all('quality', run, run, ['table', '--results', results])   # the second run has nothing to do
     plain, *modular = [json.loads(line) for line in results.read_text().splitlines()]
     assert [plain['method'], *(r['method'] for r in modular)] == methods
     assert [r['weight_decay'] for r in modular] == [0 if 'weight_decay=0' in m else 5e-4 for m in methods[1:]]

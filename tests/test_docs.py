@@ -277,7 +277,7 @@ def looks(pages: Iterable[str], all_widths: bool) -> Iterator[tuple[str, list[in
         folder = page.rpartition('/')[0]
         widths = WIDTHS if all_widths or folder not in folders else (WIDTHS[0], WIDTHS[-1])
         folders.add(folder)
-        yield page, sorted(widths, reverse=n % 2 == 0)  # from where the last page ended: resizing takes longest
+        yield page, sorted(widths, reverse=n % 2 == 0)     # begins where the last one ended: resizing is slow
 
 
 @pytest.mark.parametrize('all_widths', [False, pytest.param(True, marks=pytest.mark.slow)],

@@ -6,11 +6,11 @@ import pytest
 from run_notebook import differs, say_into
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-# Notebooks, and folders of notebooks, that take more than ten seconds, mostly to train networks: tutorials,
-# and chapters whose functions have tests of their own in the files named here.
+# Notebooks that take more than ten seconds, mostly to train networks: tutorials, and chapters whose functions
+# have tests of their own in the files named here.
 SLOW = {
-    'index.ipynb', 'baselines',
-    'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb', 'tutorials/05_many_machines.ipynb',
+    'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
+    'tutorials/05_many_machines.ipynb',
     'tutorials/08_compose.ipynb', 'tutorials/09_replace.ipynb', 'tutorials/10_ship.ipynb',
     '07_train/04_fit.ipynb',                                        # test_training, test_own_loop
     '08_modules/07_compose.ipynb',                                  # test_modules, test_extract, test_reuse
@@ -25,8 +25,8 @@ def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in 
 
 def parameter(path: Path) -> object:
     name = path.relative_to(NBS)
-    slow = SLOW & {name.as_posix(), name.parts[0]}
-    return pytest.param(path, id=name.as_posix(), marks=[pytest.mark.slow] * bool(slow))
+    slow = name.as_posix() in SLOW
+    return pytest.param(path, id=name.as_posix(), marks=[pytest.mark.slow] * slow)
 
 
 NOTEBOOKS = sorted(filter(is_notebook, NBS.rglob('*.ipynb')))

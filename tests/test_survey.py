@@ -36,7 +36,8 @@ EXACT = {  # network -> pixels
     'timm/ghostnet_100': 32,
 }
 # Small ones of the same families are in test_channels; GhostNet is the deepest here.
-DEEP = {'torchvision/shufflenet_v2_x0_5', 'torchvision/squeezenet1_1', 'timm/convnext_atto', 'timm/ghostnet_100'}
+DEEP = {
+    'torchvision/shufflenet_v2_x0_5', 'torchvision/squeezenet1_1', 'timm/convnext_atto', 'timm/ghostnet_100'}
 
 
 def made(name: str) -> nn.Module:
