@@ -14,13 +14,13 @@ chosen on validation images, and the test images are looked at once.
     damage      kernels of some blocks are drawn anew until training accuracy is down by 10, 30, 50 points.
                 The blocks that have drifted from the sound network, their teacher, are trained alone
     compress    the network, and the same without blocks that nobody misses, pruned by Torch-Pruning, a tenth
-                of the operations at a time; after each cut both are trained until validation accuracy is within a
-                point of the whole network's again. An iteration is one pass over --images images
+                of the operations at a time; after each cut both are trained until validation accuracy is
+                within a point of the whole network's again. An iteration is one pass over --images images
     shorten     two-class modules of a modular network: accuracy, parameters and latency at batch size 1
 
-Beside `worst`, the blocks that drift most: `whole`, every layer trained on the same images, with the same loss,
-optimiser, epochs and start, and `whole, plain`, with cross-entropy alone. `neurons` is the share of the kernels
-and units that learn.
+Beside `worst`, the blocks that drift most: `whole`, every layer trained on the same images, with the same
+loss, optimiser, epochs and start, and `whole, plain`, with cross-entropy alone. `neurons` is the share of the
+kernels and units that learn.
 
 CPU seconds at the preset `cpu`, one seed, one core of an AMD EPYC that others share (44 layers, half width,
 32x32 pixels, bfloat16; a step of 64 images takes 0.15 s, a modular one 0.23 s):
@@ -122,8 +122,8 @@ class Start:
     def trained(self, method: str, epochs: int, model: nn.Module | None = None) -> nn.Module:
         masks, recipe = settings_of(method)
         if model is not None: model = modular_network(model, masks, self.seed, self.data)
-        return trained_network(self.a.trained, self.network, method, masks, recipe, epochs, self.seed, self.data,
-                               self.a.show_progress, model)[0]
+        return trained_network(self.a.trained, self.network, method, masks, recipe, epochs, self.seed,
+                               self.data, self.a.show_progress, model)[0]
 
     @cached_property
     def plain(self) -> nn.Module: return self.trained('plain', self.a.epochs)
@@ -353,7 +353,8 @@ def pruned(start: Start, net: nn.Module) -> tuple[nn.Module, list[dict[str, floa
         passes += more
         if not back: break
         good = net
-        trace.append(dict(flops=count_flops(net, image) / full, params=count_params(net) / count_params(whole),
+        trace.append(dict(flops=count_flops(net, image) / full,
+                          params=count_params(net) / count_params(whole),
                           iterations=passes, cpu_seconds=time.process_time() - began))
     return good, trace, passes
 

@@ -39,7 +39,7 @@ from mwt.modules.module import as_module
 from mwt.modules.extract import extract
 from mwt.modules.speed import fold_norms
 from mwt.methods.base import METHODS, Method, make_method
-from mwt.measure import count_flops, count_params, evaluate
+from mwt.measure import count_flops, count_params, evaluate, rejection
 from mwt.modules.modularity import jaccard_coupling
 from mwt.runs.report import environment
 from mwt.train.history import TrainConfig
@@ -95,7 +95,7 @@ def settings_of(method: str) -> tuple[Method | None, dict[str, Any]]: # `None` f
     "A method and the recipe, from words like `mwt`, `composable,full_fraction=0.5,weight_decay=0`."
     name, given = words_of(method)
     for word in ('trained', 'epochs'): given.pop(word, None)        # `epochs_of` knows them
-    for switch in ('amp', 'dense', 'two_roles'):
+    for switch in ('amp', 'dense', 'two_roles', 'reject'):
         if switch in given: given[switch] = bool(given[switch])
     recipe = {f.name: given.pop(f.name) for f in fields(TrainConfig) if f.name in given}
     return (None if name == 'plain' else make_method(name, **given)), RECIPE | recipe
@@ -158,6 +158,13 @@ def latencies(
     return found
 
 
+def aurocs(model: ModularModel, parts: Parts, data: ImageData, sets: list[list[int]]) -> dict[str, float]:
+    "How well modules of five sets tell images of their classes from all others: mean AUROC."
+    few = sets[::-(-len(sets) // 5)]
+    found = [rejection(extract(model, parts, rows), data.test) for rows in few]
+    return {f'auroc_{len(few[0])}': statistics.mean(found)}
+
+
 SIZES = 1, 2, 5, 10, 50         # of target sets
 
 def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: ImageData) -> dict[str, Any]:
@@ -181,6 +188,7 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
             sets = class_sets(n, size, a.fives)
             result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
         result |= latencies(model, parts, data, class_sets(n, 2, 45)[::9])
+        for size in (s for s in (2, 5) if s < n): result |= aurocs(model, parts, data, class_sets(n, size, 5))
     return result | dict(seconds=time.perf_counter() - began)
 
 
@@ -212,6 +220,7 @@ COLUMNS = [('full', 'full'), ('KRR', 'krr'),
            ('2 classes', 'accuracy_2'), ('5', 'accuracy_5'), ('10', 'accuracy_10'), ('50', 'accuracy_50'),
            ('full on the 2', 'full_2'), ('on the 5', 'full_5'),
            ('parameters 2', 'params_2'), ('5', 'params_5'), ('10', 'params_10'),
+           ('AUROC 2', 'auroc_2'), ('5', 'auroc_5'),
            ('FLOPs 2', 'flops_2'), ('latency 2, batch 1', 'latency_2_1'), ('batch 32', 'latency_2_32')]
 ABOUT = 'data', 'size', 'network', 'epochs', 'batch', 'method'
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mwt.baselines.controls import random_kernels, thin_width, whole_network
 from mwt.baselines.grad_splitter import ALPHA, Phase, Split, chosen_cycle, open_splitter, schedule, split
 from mwt.baselines.ocap import kept_units, layers_of_its_own, least_keep, ocap
+from mwt.baselines.recompose import against_the_rest, recompose, shown_twice
 from mwt.core.errors import MwtError
 from mwt.core.nets import evaluating
 from mwt.core.signature import Signature
@@ -43,10 +44,16 @@ def net(digits: ImageData) -> nn.Module:
 
 
 def untrained(data: ImageData, name: str = 'simcnn') -> nn.Module:
-    "A network that knows its classes and nothing else."
+    "A network that knows its classes and nothing else; its norms have seen some noise."
     made = create_model(name, 10, 0.1, 1, seed=0)
+    seen(made, 1, 8)
     made.signature = data.train.signature
     return made
+
+
+def seen(net: nn.Module, channels: int, size: int) -> None:
+    "Let norms see an image, as if the network had been trained."
+    with torch.no_grad(): net(torch.rand(4, channels, size, size, generator=torch.Generator().manual_seed(0)))
 
 
 def few(n_classes: int, images: int = 4, missing: int | None = None) -> ImageData:
@@ -210,6 +217,13 @@ def test_a_class_without_images_is_named(digits: ImageData) -> None:
         narrow(untrained(digits), digits.subset(['3', '7']), ['3', '8'], **QUICK)
 
 
+@pytest.mark.parametrize('make', [narrow, whole_network, random_kernels, ocap, recompose])
+def test_a_network_that_was_never_trained_is_refused(make: Any, digits: ImageData) -> None:
+    fresh = create_model('simcnn', 10, 0.1, 1, seed=0)
+    with pytest.raises(MwtError, match='never trained: the running statistics of all its norms'):
+        make(fresh, digits) if make is recompose else make(fresh, digits, ['3', '7'])
+
+
 # Controls
 
 @pytest.mark.slow
@@ -255,6 +269,13 @@ def test_ocap_leaves_first_layers_and_streams_whole(digits: ImageData) -> None:
     widths = [m.out_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
     whole = [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert widths[:3] == whole[:3] and all(w < h for w, h in zip(widths[3:], whole[3:]))
+
+
+@pytest.mark.parametrize('given, said', [
+    (dict(keep=1.1), 'keep must be'), (dict(images=0), 'images must be'), (dict(skip=-1), 'skip must be'),
+    (dict(target_flops=2), 'target_flops must be')])
+def test_ocap_refuses_before_the_work(given: dict[str, Any], said: str, digits: ImageData) -> None:
+    with pytest.raises(MwtError, match=said): ocap(untrained(digits), digits, ['3', '7'], **given)
 
 
 # Magnitude
@@ -333,6 +354,46 @@ def test_more_than_ten_classes_are_refused() -> None:
         split(create_model('simcnn', 11, 0.1, 1), few(11))
 
 
+# Recomposition
+
+def test_masks_that_are_pulled_together_need_less_together(digits: ImageData) -> None:
+    "Equal in size for two classes, the union of all shrinks to one mask; the network stays as it is."
+    net = untrained(digits)
+    before, sizes = state(net), []
+    for shared in (0., .5, 1.):
+        parts = recompose(net, digits, shared, 2, 2, show_progress=False, target_krr=.4)
+        gates = parts.whole.gates.gates
+        sizes.append(gates.amax(0).mean().item())
+        two = parts.module(['7', '3'])
+        assert torch.equal(parts.whole.gates.gates, gates) and two.classes == ['7', '3']
+        if shared == 1: assert (gates == gates[0]).all()
+    assert same_state(before, net) and sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2]
+    stored = [parts.module(c) for c in (['7', '3'], ['3', '7'])]
+    x = torch.rand(2, *digits.shape)
+    with torch.no_grad(): torch.testing.assert_close(stored[0](x), stored[1](x).flip(1))
+
+
+def test_each_module_says_yes_to_its_class_and_no_to_others() -> None:
+    labels = torch.arange(5).repeat(40)
+    owners, wanted = shown_twice(labels, 5)
+    own, other = owners.split(200)
+    assert torch.equal(own, labels) and (other != labels).all() and other.unique().tolist() == list(range(5))
+    assert wanted.tolist() == [1.] * 200 + [0.] * 200
+    logits = torch.randn(200, 5)
+    torch.testing.assert_close(against_the_rest(logits, own).sigmoid(), logits.softmax(1)[range(200), own])
+
+
+@pytest.mark.parametrize('given, said', [
+    (dict(shared=-.1), 'shared must be'), (dict(shared=1.1), 'shared must be'), (dict(rounds=0), 'rounds'),
+    (dict(batches=0), 'batches'), (dict(target_flops=0), 'target_flops'), (dict(seed=-1), 'seed'),
+    (dict(data=['3', '7']), 'images of all classes'), (dict(data='reversed'), 'in the same order')])
+def test_recompose_refuses_before_the_work(given: dict[str, Any], said: str, digits: ImageData) -> None:
+    settings = dict(given)
+    classes = settings.pop('data', digits.classes)
+    if classes == 'reversed': classes = digits.classes[::-1]
+    with pytest.raises(MwtError, match=said): recompose(untrained(digits), digits.subset(classes), **settings)
+
+
 # Composable training that begins with trained weights
 
 @pytest.mark.slow
@@ -383,6 +444,7 @@ def test_a_torchvision_network_with_a_head_of_its_own(way: str) -> None:
     "ResNet18 for images of 64 pixels, trained elsewhere: a plain network without a signature."
     torchvision = pytest.importorskip('torchvision')
     net = torchvision.models.resnet18(num_classes=3)
+    seen(net, 3, 64)
     pixels = torch.randint(0, 256, (24, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.arange(24) % 3
     data = from_tensors((pixels, labels), (pixels, labels), classes=['a', 'b', 'c'], valid=.25, batch_size=6)

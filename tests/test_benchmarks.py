@@ -36,7 +36,7 @@ def call_all(name, *commands):
 
 
 @pytest.mark.parametrize('methods', [
-    ['plain,amp=0', 'composable,amp=0,full_fraction=0.5,weight_decay=0'],
+    ['plain,amp=0', 'composable,amp=0,full_fraction=0.5,weight_decay=0,reject=1'],
     pytest.param(['plain', 'composable', 'composable,dense=0', 'mwt'], marks=pytest.mark.slow)],
     ids=['float32', 'methods'])
 def test_quality(methods, tmp_path):
@@ -50,6 +50,7 @@ def test_quality(methods, tmp_path):
     assert [r['weight_decay'] for r in modular] == [0 if 'weight_decay=0' in m else 5e-4 for m in methods[1:]]
     assert all(r['accuracy_10'] == r['full'] for r in modular if 'dense=0' in r['method'])
     assert all(r['latency_2_1'] > 0 and r['cpu_seconds'] > 0 for r in modular)
+    assert all(0 < r['auroc_2'] < 1 and 0 < r['auroc_5'] < 1 for r in modular)
     assert all(0 < r['params_2'] < r['params_5'] < r['params_10'] < 1 for r in modular)
     table = said[said.index('|'):]
     assert table.count('\n') == len(methods) + 2 + 9
@@ -108,13 +109,22 @@ def test_layerwise(tmp_path):
     "Each part writes rows, one whose package is missing is left out; a second run adds nothing."
     images, results = unpack_sample(tmp_path), tmp_path/'layerwise.jsonl'
     run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick', '--depth', '8', '--width', '.25',
-           '--epochs', '1', '--retrain', '1', '--seeds', '0', '--device', 'cpu', '--results', results]
+           '--epochs', '1', '--gates', '1', '--retrain', '1', '--images', '60', '--attacked', '32',
+           '--seeds', '0', '--device', 'cpu', '--results', results]
     said = call('layerwise', *run)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     parts = {r['part'] for r in rows}
     assert 'damage' in parts and ('shorten' in parts or 'no better than guessing' in said)
     assert all(f'{part} is left out' in said for part in {'pgd', 'fgsm', 'compress'} - parts)
     assert all(0 < r['weights'] <= 1 and 0 < r['neurons'] <= 1 for r in rows if r['part'] == 'damage')
+    local, whole, plain = (next(r for r in rows if r['part'] == 'damage' and r['how'] == how)
+                           for how in ('worst', 'whole', 'whole, plain'))
+    assert local['weights'] < whole['weights'] == plain['weights'] == 1
+    assert local['clean_before'] == whole['clean_before'] and local['blocks'] == whole['blocks']
+    assert len(list((tmp_path/'trained').iterdir())) == 2, 'a plain network, and its gates'
+    kept = [r for r in rows if (r['part'], r['how']) != ('damage', 'whole')]
+    results.write_text(''.join(json.dumps(r) + '\n' for r in kept))
     again = call('layerwise', *run, '--parts', 'damage')
-    assert not again and len(results.read_text().splitlines()) == len(rows)
+    assert again.count("'part': 'damage'") == len(rows) - len(kept), 'only what is missing is measured'
+    assert len(results.read_text().splitlines()) == len(rows)
     assert '**damage**' in call('layerwise', 'table', '--results', results)

@@ -675,6 +675,7 @@ def test_pairs_are_learned_in_step(data: ImageData, trained: nn.Module) -> None:
     (dict(compile=True), 'no option'),
     (dict(lr=-1), 'lr must be'), (dict(momentun=1), "no option 'momentun'"),
     (dict(teacher=Chain(2)), 'no block'),
+    (dict(model=create_model('simcnn', 3, .05, 1)), 'has no residual block'),
     (dict(teacher='none'), 'must be a network'), (dict(clean='same'), 'the same as the clean'),
     (dict(clean='fewer'), 'have n '), (dict(data='four'), 'answers for 3 classes, the data has 4'),
     (dict(data='none'), 'train and a valid')])

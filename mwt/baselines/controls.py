@@ -4,7 +4,7 @@
 
 # %% ../../nbs/12_baselines/01_controls.ipynb #8715dafa
 from __future__ import annotations
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 import torch
 from torch import nn

@@ -15,7 +15,7 @@ from ..core.checks import check_range, seeded
 from ..core.display import progress
 from ..core.errors import WrongValue
 from ..core.nets import device_of, logits_of
-from ..core.signature import Signature, signature_of
+from ..core.signature import signature_of
 from ..data.batches import Batches, ImageData
 from ..data.labels import class_indices
 from ..data.loaders import matched_data
@@ -39,6 +39,7 @@ class Opened(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.clamp(-1, 1)
 
+# %% ../../nbs/12_baselines/04_grad_splitter.ipynb #b83fedf8
 class SplitGates(nn.Module):
     "Gates of each class, learned by gradients; stands where `ClassGates` stands."
     mask: Tensor | None = None      # nothing is kept of a step
@@ -67,6 +68,7 @@ def new_head(
     layers = nn.ReLU(), nn.Linear(n, 10), nn.ReLU(), nn.Linear(10, 1), nn.Sigmoid()
     return nn.Sequential(*layers)
 
+# %% ../../nbs/12_baselines/04_grad_splitter.ipynb #2e3ce1b0
 class Splitter(nn.Module):
     "A frozen network with gates and a head for each class."
     def __init__(self,
@@ -137,6 +139,7 @@ def learn_(self: Splitter,
             optimizer.step()
         bar.update()
 
+# %% ../../nbs/12_baselines/04_grad_splitter.ipynb #e3a79ee3
 @patch
 @torch.no_grad()
 def accuracy(self: Splitter,
@@ -159,6 +162,7 @@ class Split:
         "The frozen network."
         return self.splitter.held[0]
 
+# %% ../../nbs/12_baselines/04_grad_splitter.ipynb #dec63acd
 def chosen_cycle(
     rows: Sequence[dict[str, float]], # `accuracy` on validation images and `opened` of each cycle
     least: float, # accuracy that is good enough
@@ -217,6 +221,7 @@ def split(
     splitter.load_state_dict(states[chosen_cycle(found.history, least)])
     return found
 
+# %% ../../nbs/12_baselines/04_grad_splitter.ipynb #a1be200c
 def faster(phase: Phase, factor: float) -> Phase:
     "A phase of gates whose learning rate is larger."
     if not phase.gates: return phase

@@ -14,7 +14,7 @@ from ..channels.cut import keep_answers_
 from ..measure import count_flops, count_params
 from ..modules.extract import full_cost
 from ..modules.module import SlimModule, as_module
-from ..modules.narrow import OneSet, one_set
+from ..modules.narrow import one_set
 
 # %% auto #0
 __all__ = ['magnitude']
@@ -65,7 +65,7 @@ def magnitude(
     **target: float, # `target_flops=0.15` (usual) or `target_params`
 ) -> SlimModule:
     "A module of the kernels with the largest weights. Raises `ValueError` for bad input."
-    found = torch_pruning()
+    torch_pruning()         # refuses before the work
     chosen = one_set(model, data, classes, **target)
     name, fraction = chosen.model.method.target()
     cost = name.removeprefix('target_')

@@ -59,6 +59,7 @@ def first_images(
         if not left.any(): break
     return torch.cat(found)
 
+# %% ../../nbs/12_baselines/02_ocap.ipynb #ead904a5
 @torch.no_grad()
 def needs(
     chosen: OneSet, # a network and a set of classes
@@ -91,6 +92,7 @@ def kept_units(
         if not kept[units].any(): kept[units[0]] = 1
     return kept
 
+# %% ../../nbs/12_baselines/02_ocap.ipynb #63d0df94
 def largest_keep(
     chosen: OneSet, # a network and a set of classes, with a goal
     found: Tensor, # (units,), from `needs`

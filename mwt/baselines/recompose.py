@@ -81,7 +81,7 @@ class Decomposed:
         return self.whole.names
 
     def module(self,
-        classes: Sequence[str | int], # target classes, by name or number: the outputs, in this order
+        classes: Sequence[str | int], # target classes, by name or number: the outputs in this order
     ) -> SlimModule:
         "The union of the masks of some classes. Raises `ValueError` for unknown ones."
         rows = class_indices(classes, self.classes)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from .checks import check_kind, shown
+from .checks import shown
 from .errors import NotFound, WriteFailed, WrongType, WrongValue
 
 # %% auto #0

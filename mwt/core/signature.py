@@ -5,7 +5,7 @@
 # %% ../../nbs/01_core/09_signature.ipynb #9a0409db
 from __future__ import annotations
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 import torch

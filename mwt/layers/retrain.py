@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from ..core.accepted import check_finite_weights, check_not_quantized
 from ..core.checks import check_flag, check_range, room_for, shown
 from ..core.display import Table, check_axes, progress
-from ..core.errors import TrainingLost, WrongValue
+from ..core.errors import WrongValue
 from ..core.nets import copy_of, device_of, evaluating, freeze_as_, input_dtype, trainable
 from ..core.processes import rank_and_size
 from ..core.signature import Signature, signature_of
-from ..data.batches import Batches, ImageData
+from ..data.batches import Batches
 from ..data.loaders import LoaderBatches, LoaderData, as_batches, matched
 from ..train.fit import check_fit, fit, found_data
 from .blocks import Block, Blocks, check_layered, find_blocks

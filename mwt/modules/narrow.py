@@ -115,6 +115,17 @@ def gates_method(
         check_range(name, value, 0, 1, open_low=True)
     return Composable(**target, dense=False, close_from=0, target_by=0.75, closed_by=0.75)
 
+# %% ../../nbs/08_modules/12_narrow.ipynb #564d1054
+def check_trained(
+    model: nn.Module, # any network
+) -> None:
+    "Raises `ValueError` for a network whose norms have never seen an image."
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    norms = [layer for layer in norms if layer.running_mean is not None]
+    if not norms or any((layer.running_mean != 0).any() for layer in norms): return
+    raise WrongValue('the network was never trained: the running statistics of all its norms are as at '
+                     'the start; train it first (fit), or load its weights')
+
 # %% ../../nbs/08_modules/12_narrow.ipynb #0e00023e
 def one_set(
     model: nn.Module, # a trained network; not changed
@@ -131,6 +142,7 @@ def one_set(
     known = output_names(whole, data)
     rows = class_indices(classes, known)
     batches = images_of(whole, data, [known[row] for row in rows]).seed(seed)
+    check_trained(whole)
     example = torch.zeros(2, *data.shape, dtype=input_dtype(whole), device=device_of(whole))
     made = modularize(whole, len(known), method, example_input=example, filter_fn=filter_fn)
     old = made.masks.gates
