@@ -11,14 +11,15 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from helpers import picture
+from helpers import picture, pictures
 from PIL import Image
 from torch import Tensor, nn
+from mwt.core.display import percent
 from mwt.core.files import save_tensors
 from mwt.core.signature import Signature, weights_of
 from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
-from mwt.measure import count_params, evaluate
+from mwt.measure import count_params, evaluate, rejection
 from mwt.methods.modular import ModularModel, modularize
 from mwt.modules import budget as budgets
 from mwt.modules import export as exporting
@@ -33,6 +34,8 @@ from mwt.modules.module import SlimModule, as_module, load_module, note_, note_f
 from mwt.modules.parts import Parts
 from mwt.networks import create_model
 from mwt.runs.cli import main
+from mwt.runs.report import Run
+from mwt.runs.steps import own_figures
 from mwt.train.fit import fit
 
 OLD = Path(__file__).parent/'fixtures'/'0.1.0'
@@ -356,6 +359,58 @@ def test_senseless_card(card: Any, tmp_path: Path) -> None:
     about = module.description | dict(card=card)
     path = save_tensors(tmp_path/'a.safetensors', 'module', weights_of(module), about)
     with pytest.raises(ValueError, match='a.safetensors does not describe a module'): load_module(path)
+
+
+# Figures on the cards of a run's modules
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    "Digits, trained so that modules doubt other classes, and decomposed."
+    folder = tmp_path_factory.mktemp('run')/'run'
+    run = Run.create(folder, 'digits', width=.05, epochs=1, batch_size=128, reject=True)
+    run.train('cpu', show_progress=False)
+    run.decompose(device='cpu', show_progress=False)
+    return run
+
+
+def test_cards_say_how_good_modules_are(run: Run, capsys: pytest.CaptureFixture) -> None:
+    "By validation images when they are cut, by test images when they are evaluated."
+    pair, one = run.extract(['3', '8'], ['5'], device='cpu')
+    valid, test = run.data('cpu').valid, run.data('cpu').test
+    assert pair.card['accuracy'] == dict(valid=evaluate(pair, valid)) and 'accuracy' not in one.card
+    assert [m.card['rejection'] for m in (pair, one)] == [dict(valid=rejection(m, valid)) for m in (pair, one)]
+    out = said(capsys, 'list', run.folder)
+    assert f"{percent(pair.card['accuracy']['valid'])} (valid)" in out and 'one class' in out
+    table = run.evaluate(device='cpu')
+    pair, one = run.modules()['3-8'], run.modules()['5']
+    assert pair.card['accuracy']['test'] == evaluate(pair, test) and 'accuracy' not in one.card
+    assert [row['rejection'] for row in table.rows] == ['-', *(f'{rejection(m, test):.3f}' for m in (pair, one))]
+    assert 'rejection: AUROC of own classes against others' in run.report().read_text()
+    out = said(capsys, 'list', run.folder)
+    assert f'{percent(evaluate(pair, test))} (test)' in out and f'AUROC {rejection(one, test):.3f} (test)' in out
+    out = said(capsys, 'show', run.module_path(['5']))
+    assert 'rejection: valid' in out and f'AUROC {rejection(one, test):.3f}' in out
+
+
+def test_others_are_not_asked_what_they_never_learned(module: SlimModule, data: ImageData) -> None:
+    assert own_figures(module, data.test) == dict(accuracy=evaluate(module, data.test))
+    whole = copy.deepcopy(module)
+    whole.description['reject'] = True
+    assert 'rejection' in own_figures(whole, data.test)
+    assert 'rejection' not in own_figures(whole, data.test.subset(CLASSES)), 'no image of another class'
+
+
+def test_cutting_needs_no_images(tmp_path: Path) -> None:
+    images = pictures(tmp_path/'images', [f'{c}/{i}.png' for c in 'ab' for i in range(10)], channels=1)
+    run = Run.create(tmp_path/'run', images, width=.1, epochs=1, batch_size=8, valid=.2, workers=0, size=8)
+    run.train('cpu', show_progress=False)
+    run.decompose(device='cpu', show_progress=False)
+    images.rename(tmp_path/'moved')
+    with pytest.warns(UserWarning, match='cut, but their accuracy is not measured: .*--data'):
+        [module] = Run.open(run.folder).extract(['a', 'b'], device='cpu')
+    assert 'accuracy' not in module.card
+    [module] = Run.open(run.folder, tmp_path/'moved').extract(['a', 'b'], device='cpu')
+    assert module.card['accuracy'].keys() == {'valid'}
 
 
 # Commands

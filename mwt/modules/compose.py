@@ -595,8 +595,8 @@ def compose(
     names = [c for p in pieces for c in p.used]
     twice = [c for c in classes if names.count(c) > 1]
     if twice and calibrate is None and not rejecting(pieces):
-        raise WrongValue(f"class {twice[0]!r} is in more than one module; give calibrate=data, so that "
-                         "their answers can be averaged")
+        raise WrongValue(f"class {twice[0]!r} is in more than one module; give calibrate=data (mwt compose "
+                         "--data FOLDER), so that their answers can be averaged")
     return assembled(pieces, classes)
 
 def shared_pieces(

@@ -305,7 +305,7 @@ def as_module(
     return module.to(device_of(model)).eval()
 
 # %% ../../nbs/08_modules/04_module.ipynb #6c09fb2e
-FIGURES = 'accuracy', 'flops', 'weights'        # of a card: belong to the weights
+FIGURES = 'accuracy', 'rejection', 'flops', 'weights'       # of a card: belong to the weights
 
 def note_(
     module: SlimModule, # its card is changed
@@ -326,12 +326,13 @@ def weights_mark(
 
 def note_figures_(
     module: SlimModule, # its card is changed
-    **figures: Any, # `accuracy`: split -> fraction; `flops`
+    **figures: Any, # `accuracy` and `rejection`: split -> fraction; `flops`
 ) -> SlimModule: # the same
     "Write figures on a module's card, and which weights they are of."
     card = current_card(module)
-    accuracy = card.get('accuracy', {}) | figures.pop('accuracy', {})
-    figures['accuracy'] = accuracy or None
+    for name in ('accuracy', 'rejection'):
+        known = card.get(name, {}) | figures.get(name, {})
+        figures[name] = known or None
     figures['params'] = sum(p.numel() for p in module.parameters())
     figures['weights'] = weights_mark(module)
     return note_(module, **dict.fromkeys(FIGURES) | card | figures)
