@@ -37,6 +37,7 @@ def read_about(
     with describes(path, 'a module'): check_facts(about)
     return about | dict(numbers=sum(t.numel() for t in tensors.values()))
 
+# %% ../../nbs/08_modules/11_library.ipynb #59d07cc8
 def module_files(
     folder: str | Path, # searched with all its sub-folders
 ) -> dict[Path, dict[str, Any]]: # file -> description
@@ -62,6 +63,7 @@ def shortened_names(
     if len(names) <= 60: return names
     return f'{len(classes)} classes: {names[:40]}...'
 
+# %% ../../nbs/08_modules/11_library.ipynb #744c172f
 def known_figure(
     card: Mapping[str, Any], # a card
     name: str, # 'accuracy' or 'rejection'
@@ -72,6 +74,7 @@ def known_figure(
         if split in known: return f'{figure_text(name, known[split])} ({split})'
     return '-'
 
+# %% ../../nbs/08_modules/11_library.ipynb #cab94a8c
 def library(
     folder: str | Path, # searched with all its sub-folders
 ) -> Table: # a row a module
@@ -124,6 +127,7 @@ def image_for(
     spread = np.broadcast_to(pixels, module.input_shape)
     return torch.from_numpy(spread.copy())[None]
 
+# %% ../../nbs/08_modules/11_library.ipynb #db01c259
 def predict(
     module: SlimModule, # that takes pixels
     paths: Sequence[str | Path], # images
