@@ -558,18 +558,6 @@ def _(found: Any, params: Any = None, flops: Any = None, **rest: Any) -> None:
     assert flops is None or chosen['flops'] <= flops
     assert chosen['params'] == sum(p.numel() for p in found.module.parameters()) and repr(found)
 
-@call('export', examples=4, needed='module path', loose=True, twice=False, changes='int8',
-      words='module|path|int8|opset|images|class|data|loader|split|could not',
-      module="module() | module('owl', fuse=True)",
-      path="TMP/'a.onnx' | str(TMP/'ö b.pt2') | TMP/'new'/'c.ONNX'",
-      int8='None | data().train | split()[0] | X.sigmoid() | loader()', opset='18 | np.int64(20)',
-      odd=dict(
-          module=NETS,
-          path=BAD_PATHS + " | TMP/'a.tflite' | TMP/'a' | TMP/'a.safetensors'",
-          int8=BAD_JUDGED + BAD_IMAGES,
-          opset='9 | 17 | 24 | 18.5'))
-def _(found: Path, path: Any, **rest: Any) -> None: assert found == Path(path) and found.stat().st_size > 1000
-
 @call('fine_tune', examples=40, needed='module data epochs show_progress', small='epochs',
       words='module|class|network|images|loader|data|loss|weights|batch|split',
       module='module() | module(*NAMES)', data="data() | data().subset(['dög ☃', 'cat', 'owl'])",
@@ -708,6 +696,18 @@ def _(found: Path, module: Any, path: Any) -> None:
       odd=dict(path=BAD_PATHS + ' | CHECKPOINT | PARTS', device=BAD_DEVICES))
 def _(found: Any, path: Any, device: Any = 'cpu') -> None:
     assert found.classes == ['cat', 'dög ☃'] and same_state(found, module())
+
+@call('export', examples=4, needed='module path', loose=True, twice=False, changes='int8',
+      words='module|path|int8|opset|images|class|data|loader|split|could not',
+      module="module() | module('owl', fuse=True)",
+      path="TMP/'a.onnx' | str(TMP/'ö b.pt2') | TMP/'new'/'c.ONNX'",
+      int8='None | data().train | split()[0] | X.sigmoid() | loader()', opset='18 | np.int64(20)',
+      odd=dict(
+          module=NETS,
+          path=BAD_PATHS + " | TMP/'a.tflite' | TMP/'a' | TMP/'a.safetensors'",
+          int8=BAD_JUDGED + BAD_IMAGES,
+          opset='9 | 17 | 24 | 18.5'))
+def _(found: Path, path: Any, **rest: Any) -> None: assert found == Path(path) and found.stat().st_size > 1000
 
 
 # Runs

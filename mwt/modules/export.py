@@ -83,6 +83,7 @@ def _from_batches(module: SlimModule, images: Any, most: int) -> Tensor:
     for x, _ in taken_by(batches, module):
         found.append(x.cpu())
         if sum(map(len, found)) >= most: break
+    if not found: raise WrongValue('images must be at least one; the loader has none')
     return torch.cat(found)
 
 # %% ../../nbs/08_modules/08_export.ipynb #7948dbc5
