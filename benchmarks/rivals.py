@@ -24,7 +24,18 @@ sizes and of layers say so.
 
 Every module adds one line to results/rivals.jsonl; those that are there already are skipped, so a stopped
 benchmark is resumed by the same command, and several may work side by side (--seeds 0, --methods thin, ...).
-Networks are trained once and kept in the folder --trained.
+Networks are trained once and kept in the folder --trained, which may be that of quality.py.
+
+CPU seconds for one network (simcnn:0.375 or resnet18:0.25) and seed with `--pairs 15 --fives 5 --tune 1`,
+where plain and composable networks are there already; from single steps timed on one core of an AMD EPYC that
+others share. 425 of them judge and fine-tune twenty small modules:
+
+    composable, random, ocap    450 each
+    recompose                   470     magnitude   530
+    full                        750     narrow      830
+    thin                       3600     twenty networks are trained
+    mwt, moda                   600 each, and 1400 for their training
+    gradsplitter               6800     4300 to split, once; modules are several whole networks
 """
 from __future__ import annotations
 import argparse, copy, itertools, json, statistics, sys, time
