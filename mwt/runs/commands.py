@@ -264,6 +264,7 @@ def cmd_predict(
     answers = predict(load_module(module, resolve_device(device)), images)
     print(as_json(answers, indent=1) if json else answers_table(answers))
 
+# %% ../../nbs/09_runs/05_commands.ipynb #682b3b68
 def cmd_compose(
     modules: Sequence[str], # files
     out: str, # file of the new module
