@@ -11,7 +11,7 @@ from mwt.measure import count_params
 from mwt.modules.parts import Parts, plot_masks
 
 SETS = (2, 5, 10) # sizes of the sets of classes that modules were cut for
-MEASURED = 'composable,close_from=0.1,target_by=0.3,closed_by=0.3'      # as `quality.py` calls it
+MEASURED = 'composable'
 STYLES = {MEASURED: ('o', '-', '0.1'), 'mwt': ('s', '--', '0.55')} # marker, line and grey of each method
 
 

@@ -51,7 +51,7 @@ RECIPE = dict(lr=0.05, weight_decay=5e-4, warmup=0.15, amp=True)
 NETWORKS = ['simcnn:0.375', 'resnet18:0.25']
 BOTH = ['plain', 'composable']
 PRESETS: dict[str, dict[str, Any]] = {
-    'cpu': dict(networks=NETWORKS, methods=BOTH, epochs=10),
+    'cpu': dict(networks=NETWORKS, methods=[*BOTH, 'plain,epochs=15'], epochs=10),    # as long as composable
     'quick': dict(networks=['simcnn:0.1'], methods=BOTH, epochs=1, batch=128, fives=2),
     'mwt': dict(networks=NETWORKS, methods=['mwt'], epochs=10),
     'kernels': dict(networks=NETWORKS, epochs=10,
@@ -59,12 +59,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     'width': dict(networks=[f'{name}:{width}' for width in (.25, .5, 1) for name in ('simcnn', 'resnet18')],
                   methods=BOTH, epochs=10, size=16),
     'deep': dict(networks=['resnet_cifar:1', 'mobilenet:0.5'], methods=BOTH, epochs=10),
+    'length': dict(networks=['simcnn:0.125'], epochs=10, methods=[
+        f'{method},epochs={n}' for n in (5, 10, 20, 40) for method in BOTH]),
+    'sizes': dict(networks=['simcnn:0.125'], epochs=5, methods=[
+        'plain', 'composable', *(f'composable,target_flops={share}' for share in (.05, .1, .25, .5)),
+        *(f'composable,target_params={share}' for share in (.02, .05, .15)),
+        *(f'composable,target_latency={share}' for share in (.3, .5))]),
     'ablation': dict(networks=['simcnn:0.125'], epochs=5, methods=[
-        'plain', 'composable', 'composable,dense=0', 'composable,set_fraction=0.25',
-        'composable,set_fraction=1', 'composable,distill=0', 'composable,distill=1',
+        'plain', 'composable', 'composable,dense=0', 'composable,set_fraction=0.25', 'composable,set_fraction=1',
+        'composable,distill=0', 'composable,distill=0.5', 'composable,distill=1',
         'composable,separation=0', 'composable,separation=3', 'composable,closed_by=0.2',
-        'composable,target_by=0.5',
-        'composable,full_fraction=0', 'composable,target_krr=0.27', 'composable,target_params=0.07']),
+        'composable,target_by=0.5', 'composable,full_fraction=0', 'composable,target_krr=0.27']),
     'trained': dict(networks=NETWORKS, epochs=10, methods=[
         'plain', *(f'composable,trained=10,epochs={n},lr=0.02' for n in (1, 2, 3)), 'composable']),
     'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'],

@@ -18,7 +18,7 @@ turns:
 
 `composable, run` is the mean over a run: 5 % of the steps are plain, 45 % learn, the others are
 settled. Gates of the settled candidates are random, with so much in common between classes that
-all ten open about the share of the kernels that they open after training (`open`). With
+all ten keep about a quarter of the operations, as after training (`open`: their share of the kernels). With
 --compile the networks are compiled first. --profile prints what the time of each candidate goes
 to. Rows go to results/step.jsonl.
 """
@@ -31,7 +31,7 @@ from bench import arguments, keep, parse
 from mwt.core.nets import memory_format
 from mwt.methods.modular import ModularModel, modularize
 from mwt.core.checks import seeded
-from mwt.methods.composable import module_masks, open_gates
+from mwt.methods.composable import PRICE, module_masks, open_gates
 from mwt.core.timing import time_in_turns
 from mwt.networks import NETWORKS, create_model
 from mwt.train.history import TrainConfig
@@ -53,8 +53,8 @@ def close_gates(model: ModularModel) -> float: # share of the kernels that some 
     gates = model.masks.gates
     shared = torch.randn(gates.n_units)
     own = torch.randn(N_CLASSES, gates.n_units)
-    scores = torch.exp(1.2 * shared + 1.2 * own).to(gates.scores)
-    scores = scores / gates.costs.price(module_masks(gates.gates)).mean(0)
+    scores = torch.exp(2 * shared + .7 * own).to(gates.scores)
+    scores = scores / gates.costs.price(module_masks(gates.gates)).mean(0)**PRICE
     gates.gates.copy_(open_gates(scores, gates.costs, gates.groups, model.method.goals(model)[0]))
     return ((gates.gates.amax(0) * gates.kernels).sum() / gates.kernels.sum()).item()
 

@@ -187,6 +187,7 @@ def copy_files(out: Path) -> None:
 
 def build(out: Path, work: Path) -> int:
     "Sphinx's exit status; a warning is an error."
+    sys.modules['rfc3987_syntax'] = None    # jsonschema does without; to be imported it takes seconds
     from sphinx.cmd.build import main
     write_sources(work)
     shutil.rmtree(out, ignore_errors=True)

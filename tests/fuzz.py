@@ -20,6 +20,7 @@ from mwt import all as mwt
 from mwt.core.checks import NotEnoughMemory, seeded
 from mwt.core.errors import MwtError, TrainingLost
 from mwt.methods.base import make_method
+from mwt.modules.compose import add_class, drop_class
 from mwt.modules.module import as_module
 
 NAMES = ['cat', 'dög ☃', 'owl']

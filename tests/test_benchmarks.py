@@ -44,8 +44,7 @@ def test_quality(methods, tmp_path):
     run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick',
            '--networks', 'simcnn:0.05', '--seeds', '0', '--fives', '1',
            '--methods', *methods, '--device', 'cpu', '--results', results]
-    call('quality', *run)
-    said = call_all('quality', run, ['table', '--results', results])   # now there is nothing left to run
+    said = call_all('quality', run, run, ['table', '--results', results])   # the second run has nothing to do
     plain, *modular = [json.loads(line) for line in results.read_text().splitlines()]
     assert [plain['method'], *(r['method'] for r in modular)] == methods
     assert [r['weight_decay'] for r in modular] == [0 if 'weight_decay=0' in m else 5e-4 for m in methods[1:]]
@@ -86,6 +85,69 @@ def test_rivals(tmp_path):
     assert all(abs(flops['thin'] - flops[m]) < .1 for m in ('narrow,rounds=2', 'random'))
     said = call('rivals', 'table', '--results', results)
     assert said.count('\n') == 2 + 2 * len(methods) and '| narrow, rounds=2 |' in said
+
+
+@pytest.mark.slow
+def test_compose(tmp_path):
+    "Modules in twos and in ones, of models that know all classes and of such that know two."
+    results = tmp_path/'compose.jsonl'
+    run = ['run', '--data', 'digits', '--root', tmp_path, '--preset', 'quick', '--networks', 'simcnn:0.05',
+           'rescnn:0.05', '--seeds', '0', '--device', 'cpu', '--results', results]
+    said = call_all('compose', run, run, ['table', '--results', results])     # the second time nothing is left
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r['models'], r['modules']) for r in rows] == [
+        (models, kind) for models in ('all,reject', 'own') for kind in ('twos', 'ones')]
+    assert all(0 <= r[k] <= 1 for r in rows for k in ('before', 'calibrated', 'auroc', 'own'))
+    assert all(r['params'] > 0 and r['flops'] > 0 and r['latency'] > 0 for r in rows)
+    assert [{'best', 'rejection'} <= r.keys() for r in rows] == [True, True, False, False]
+    assert said[said.index('|'):].count('\n') == 2 + len(rows)
+
+
+@pytest.mark.slow
+def test_replace(tmp_path):
+    "Five classes, two states of the weak model, five ways to help it; one of them adds no module."
+    images, results = unpack_sample(tmp_path), tmp_path/'replace.jsonl'
+    run = ['run', '--data', images, '--root', tmp_path, '--preset', 'quick', '--networks', 'simcnn:0.05',
+           '--seeds', '0', '--device', 'cpu', '--results', results]
+    said = call_all('replace', run, run, ['table', '--results', results])
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(rows) == 5 * 2 * 5 and len({(r['state'], r['target'], r['way']) for r in rows}) == len(rows)
+    assert all(0 <= r['weak_target'] + r['change_target'] <= 1 for r in rows)
+    assert all(0 <= r['weak_others'] + r['change_others'] <= 1 for r in rows)
+    assert {r['added'] for r in rows if r['way'] == 'control'} == {42}, 'a square layer for six classes'
+    assert min(r['added'] for r in rows if r['way'] != 'control') > 42
+    assert said[said.index('|'):].count('\n') == 2 + 2 * 5
+
+
+def lines_of(name, rows, tmp_path):
+    "The lines of a benchmark's table of some rows, as lists of cells."
+    results = tmp_path/f'{name}.jsonl'
+    results.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    said = call(name, 'table', '--results', results)
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in said.splitlines()]
+
+
+def test_table_of_compose(tmp_path):
+    "Seeds share a line, with mean and spread; what was not measured is a dash."
+    row = dict(data='c10', networks=['a:1', 'b:1'], epochs=9, models='own', modules='twos', before=.5, own=.9,
+               auroc=.75, params=.1, flops=.2, latency=1.5)
+    rows = [row | dict(seed=seed, calibrated=value) for seed, value in enumerate((.6, .8))]
+    head, _, *lines = lines_of('compose', [*rows, rows[0] | dict(modules='ones', best=.95)], tmp_path)
+    found = [dict(zip(head, line)) for line in lines]
+    about = [(r['modules'], r['seeds'], r['calibrated']) for r in found]
+    assert about == [('twos', '2', '70.0 ± 14.1'), ('ones', '1', '60.0')]
+    assert [(r['best single model'], r['by rejection']) for r in found] == [('-', '-'), ('95.0', '-')]
+    assert found[0]['latency'] == '150.0 ± 0.0' and found[0]['networks'] == 'a:1 b:1'
+
+
+def test_table_of_replace(tmp_path):
+    "Targets and seeds share a line; changes are in points, parameters and seconds are as they are."
+    row = dict(data='c10', network='a:1', epochs=9, state='over-fitted', way='ours', weak_target=.3,
+               weak_others=.6, change_others=-.01, added=1234, seconds=.5)
+    rows = [row | dict(target=name, change_target=change) for name, change in (('cat', .1), ('dog', .2))]
+    head, _, *lines = lines_of('replace', [*rows, rows[0] | dict(way='control')], tmp_path)
+    assert len(head) == len(lines[0]) and [line[4:6] for line in lines] == [['ours', '2'], ['control', '1']]
+    assert lines[0][6:] == ['30.0 ± 0.0', '15.0 ± 7.1', '60.0 ± 0.0', '-1.0 ± 0.0', '1,234', '0.50']
 
 
 SPEED = ['losses', *(pytest.param(name, marks=pytest.mark.slow) for name in (

@@ -85,12 +85,11 @@ STEPS = dict(decompose=[], extract=['cat,dog', '0, 8', 'frog'], evaluate=[])
 
 @pytest.fixture(scope='module')
 def run(place: Path, demo: Any) -> tuple[Path, dict[str, str]]:
-    "A whole run, and what each step said; two of them are processes, to start one takes seconds."
+    "A whole run, and what each step said; the first of them is a process, to start one takes seconds."
     out, said = place/'run', {}
     said['train'] = mwt(place, *TRAIN, '--out', 'run')
     for name, words in STEPS.items():
-        words = [name, *words, '--out', out, '--device', 'cpu']
-        said[name] = mwt(place, *words) if name == 'extract' else said_here(*words)
+        said[name] = said_here(name, *words, '--out', out, '--device', 'cpu')
     said['report'] = said_here('report', '--out', out)
     return out, said
 
@@ -407,6 +406,7 @@ def test_version() -> None:
 
 # Mistakes
 
+@pytest.mark.slow           # of other mistakes in test_runs
 def test_mistakes_end_with_status_2(place: Path) -> None:
     process = start(place, 'train', '--data', 'imagez', '--out', 'wrong')
     out, err = process.communicate(timeout=120)
@@ -447,7 +447,8 @@ def test_demo_is_a_run(demo: tuple, capsys: pytest.CaptureFixture) -> None:
 
 # Runs of version 0.1.0
 
-OLD = sorted((Path(__file__).parent/'fixtures'/'0.1.0').iterdir())
+FILES = Path(__file__).parent/'fixtures'/'0.1.0'
+OLD = [FILES/'composable', pytest.param(FILES/'mwt', marks=pytest.mark.slow)]  # of both in test_training
 
 
 @pytest.mark.parametrize('old', OLD, ids=lambda p: p.name)

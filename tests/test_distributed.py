@@ -1,6 +1,6 @@
 "Several processes compute what one would; a lost one ends the run, which can be resumed."
 from __future__ import annotations
-import json, os, re, signal, subprocess, sys, time
+import functools, json, multiprocessing, os, re, signal, subprocess, sys, time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -24,13 +24,15 @@ from mwt.train.history import TrainConfig
 from mwt.train.trainer import Trainer
 
 # All work is done in processes of its own, also that of the single one: threads and memory are the same
-# for all, and the process of the test only compares what they wrote.
+# for all, and the process of the test only compares what they wrote. They are forks of one process, since to
+# import PyTorch takes seconds.
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1')
 PATIENCE = 900              # seconds for a process; a busy machine is slow, a hanging process is found anyway
 pytestmark = pytest.mark.timeout(3 * PATIENCE)
 
 PLAIN = 'plain'
 KINDS = {PLAIN: 'resnet18'} | {method: 'resnet18' for method in METHODS} | {'mwt': 'simcnn'}
+SLOW = 'moda'               # what processes share shows in the others, in MwT's losses over pairs most of all
 Evidence = dict[str, dict[str, Tensor]]     # claim -> name -> what was computed
 
 
@@ -96,18 +98,27 @@ def few_digits() -> ImageData:
     return ImageData(data.train.sample(384), data.valid.sample(96), data.test.sample(96))
 
 
-def work(path: str) -> None:
-    "In one of the processes, or in the only one: everything, for all kinds of training."
+def work(path: str, rank: int, world: int, kinds: list[str]) -> None:
+    "In one of the processes, or in the only one: everything, for some kinds of training."
     import torch.distributed as dist
-    if dist.is_torchelastic_launched(): dist.init_process_group('gloo')
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world > 1: dist.init_process_group('gloo', f'file://{path}.meeting', rank=rank, world_size=world)
     found = dict(losses=pair_losses(rank, world))
     data = few_digits().shard(rank, world)
-    for kind in KINDS: found[kind] = one_step(kind, data) | several_steps(kind, data) | whole_run(kind, data)
+    for kind in kinds: found[kind] = one_step(kind, data) | several_steps(kind, data) | whole_run(kind, data)
     torch.save(found, f'{path}.{rank}of{world}')
-    if not dist.is_initialized(): return
+    if world == 1: return
     dist.barrier()
     dist.destroy_process_group()
+
+
+def work_together(path: str, *kinds: str) -> int:
+    "One process alone, and two together; the number of those that fail."
+    forks = multiprocessing.get_context('fork')
+    places = [(0, 1), (0, 2), (1, 2)]
+    processes = [forks.Process(target=work, args=(path, *place, kinds)) for place in places]
+    for process in processes: process.start()
+    for process in processes: process.join()
+    return sum(process.exitcode != 0 for process in processes)
 
 
 # Their processes
@@ -141,10 +152,16 @@ def finish_well(process: subprocess.Popen) -> str:
 @pytest.fixture(scope='module')
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Evidence, Evidence, Evidence]]:
     "What one process, the first of two and the second of two computed."
-    path = tmp_path_factory.mktemp('found')/'evidence'
-    for process in (start(__file__, path), torchrun(__file__, path)): finish_well(process)
-    everything = [torch.load(f'{path}.{who}') for who in ('0of1', '0of2', '1of2')]
-    return lambda what: tuple(evidence[what] for evidence in everything)
+    @functools.cache
+    def everything(*kinds: str) -> list[dict[str, Evidence]]:
+        path = tmp_path_factory.mktemp('found')/'evidence'
+        finish_well(start(__file__, path, *kinds))
+        return [torch.load(f'{path}.{who}') for who in ('0of1', '0of2', '1of2')]
+
+    quick = [kind for kind in KINDS if kind != SLOW]
+    def find(what: str) -> tuple[Evidence, Evidence, Evidence]:
+        return tuple(evidence[what] for evidence in everything(*([SLOW] if what == SLOW else quick)))
+    return find
 
 Found = Callable[[str], tuple[Evidence, Evidence, Evidence]]
 
@@ -163,7 +180,8 @@ def test_gradients_of_losses_are_those_of_the_whole_batch(found: Found) -> None:
     assert torch.allclose(torch.cat([first, second]), alone, atol=1e-6)
 
 
-every_kind = pytest.mark.parametrize('kind', KINDS)
+every_kind = pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks=[pytest.mark.slow] * (kind == SLOW)) for kind in KINDS])
 
 @every_kind
 def test_log_of_a_step_is_of_its_own_process(kind: str, found: Found) -> None:
@@ -325,4 +343,4 @@ def test_run_with_a_lost_process_goes_on(tmp_path: Path) -> None:
     for name, weight in resumed.items(): assert torch.equal(weight, expected[name]), name
 
 
-if __name__ == '__main__': work(*sys.argv[1:])
+if __name__ == '__main__': sys.exit(work_together(*sys.argv[1:]))

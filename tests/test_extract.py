@@ -1,7 +1,7 @@
 "The slim network computes what the masked model computes, for all networks and methods, also from a file."
 from __future__ import annotations
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 import pytest
@@ -30,7 +30,14 @@ def count(net: nn.Module, kind: type[nn.Module]) -> int:
     return sum(isinstance(layer, kind) for layer in net.modules())
 
 
-@pytest.fixture(scope='module', params=[(n, m) for n in NETWORKS for m in METHODS], ids='-'.join)
+def cases(networks: Iterable[str], all_methods: Container[str]) -> list[Any]:
+    "Every network with the default method, and some with all; what is left is slow."
+    pairs = [(n, m) for n in networks for m in METHODS]
+    slow = {pair: pair[1] != 'composable' and pair[0] not in all_methods for pair in pairs}
+    return [pytest.param(p, id='-'.join(p), marks=[pytest.mark.slow] * slow[p]) for p in pairs]
+
+
+@pytest.fixture(scope='module', params=cases(NETWORKS, all_methods=('simcnn', 'resnet18')))
 def model(request: pytest.FixtureRequest) -> ModularModel:
     torch.manual_seed(0)
     network, method = request.param
@@ -244,13 +251,8 @@ DENSENET_NORMS = {'features.transition1.norm', 'features.norm5'} | {
 Quick = tuple[str, ModularModel, Parts, Tensor, SlimModule]
 
 
-def case(network: str, method: str) -> Any:
-    "The deepest network with one method; folding of grouped layers with the others is ResNeXt's."
-    marks = [pytest.mark.slow] * (network == 'mobilenet' and method != 'composable')
-    return pytest.param((network, method), id=f'{network}-{method}', marks=marks)
-
-
-@pytest.fixture(scope='module', params=[case(n, m) for n in FASTER for m in METHODS])
+# shortcuts, and grouped layers
+@pytest.fixture(scope='module', params=cases(FASTER, all_methods=('resnet18', 'resnext')))
 def quick(request: pytest.FixtureRequest) -> Quick:
     "A model, random parts, images, and the module of two classes as it is cut."
     network, method = request.param

@@ -6,9 +6,21 @@ import pytest
 from run_notebook import differs, say_into
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-# Notebooks, and folders of notebooks, that train networks for more than half a minute.
-SLOW = {'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
-        'tutorials/05_many_machines.ipynb', '09_runs/04_demo.ipynb', 'baselines'}
+# Notebooks that take more than seven seconds, mostly to train networks: tutorials, and chapters whose functions
+# have tests of their own in the files named here.
+SLOW = {
+    'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
+    'tutorials/05_many_machines.ipynb',
+    'tutorials/08_compose.ipynb', 'tutorials/09_replace.ipynb', 'tutorials/10_ship.ipynb',
+    '07_train/04_fit.ipynb',                                        # test_training, test_own_loop
+    '08_modules/03_decompose.ipynb', '08_modules/06_extract.ipynb', # test_modules, test_extract
+    '08_modules/07_compose.ipynb',                                  # test_modules, test_extract, test_reuse
+    '08_modules/08_export.ipynb', '08_modules/09_mend.ipynb', '08_modules/10_budget.ipynb', # test_ship
+    '08_modules/12_narrow.ipynb',                                   # test_baselines
+    '09_runs/02_steps.ipynb', '09_runs/03_report.ipynb',            # test_cli
+    '09_runs/04_demo.ipynb', '09_runs/05_commands.ipynb',           # test_cli
+    '10_layers/04_retrain.ipynb', '10_layers/05_shorten.ipynb',     # test_layers
+    '12_baselines/04_grad_splitter.ipynb'}                          # test_baselines
 
 
 def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in path.relative_to(NBS).parts)
@@ -16,8 +28,8 @@ def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in 
 
 def parameter(path: Path) -> object:
     name = path.relative_to(NBS)
-    slow = SLOW & {name.as_posix(), name.parts[0]}
-    return pytest.param(path, id=name.as_posix(), marks=[pytest.mark.slow] * bool(slow))
+    slow = name.as_posix() in SLOW
+    return pytest.param(path, id=name.as_posix(), marks=[pytest.mark.slow] * slow)
 
 
 NOTEBOOKS = sorted(filter(is_notebook, NBS.rglob('*.ipynb')))
@@ -44,7 +56,7 @@ def run_notebook(path: Path, seconds: int = 540) -> tuple[int | None, str]:
 
 
 def test_there_are_notebooks() -> None:
-    assert len(NOTEBOOKS) > 1
+    assert len(NOTEBOOKS) > 1 and all((NBS/name).exists() for name in SLOW)
 
 
 @pytest.mark.parametrize('path', [parameter(p) for p in NOTEBOOKS])

@@ -62,7 +62,8 @@ def differences(a: nn.Module, b: nn.Module) -> float:
     return max((t.double() - theirs[name].double()).abs().max().item() for name, t in weights_of(a).items())
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [
+    pytest.param(method, marks=[pytest.mark.slow] * (method == 'moda')) for method in METHODS])
 def test_plain_loop(method: str, data: ImageData) -> None:
     mine, theirs = modular(method), modular(method)
     loop: Callable = names(code_of('^def train_myself'))['train_myself']

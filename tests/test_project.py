@@ -100,14 +100,8 @@ def test_everything_made_from_notebooks_is_in_step(prepared: tuple) -> None:
     assert not changed, f'run `make prepare`; it changes {changed}'
 
 
-def test_preparing_twice_changes_nothing(prepared: tuple) -> None:
+def test_preparing_twice_changes_nothing_and_leaves_no_module_over(prepared: tuple) -> None:
     _, once, copy = prepared
-    run_prepare(copy)
-    assert snapshot(copy) == once
-
-
-def test_no_module_is_left_over(prepared: tuple) -> None:
-    _, _, copy = prepared
     names = ('left_over.py', 'core/left_over.py', 'attic/__init__.py', 'attic/old.py')
     left_over = [copy/'mwt'/name for name in names]
     for p in left_over:
@@ -116,6 +110,7 @@ def test_no_module_is_left_over(prepared: tuple) -> None:
     run_prepare(copy)
     assert not [p for p in left_over if p.exists()]
     assert (copy/'mwt'/'core'/'__init__.py').exists() and not (copy/'mwt'/'attic').exists()
+    assert snapshot(copy) == once
 
 
 # Chapters
@@ -350,18 +345,24 @@ def test_conditions_stand_outside_of_calls() -> None:
 
 # Public names
 
-def star_import(module: str) -> set[str]:
+STARS = '''
+for module in ('mwt', 'mwt.all'):
+    found = {}
+    exec(f'from {module} import *', found)
+    print(*sorted(found.keys() - {'__builtins__'}))
+'''
+
+@pytest.fixture(scope='module')
+def stars() -> dict[str, set[str]]:
     "The names that `from module import *` brings, in a fresh process."
-    code = (f'before = set(globals()) | {{"before"}}\nfrom {module} import *\n'
-            'print(*sorted(set(globals()) - before))')
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, '-c', STARS], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return dict(zip(('mwt', 'mwt.all'), map(set, map(str.split, done.stdout.splitlines()))))
 
 
 @pytest.mark.parametrize('module', ['mwt', 'mwt.all'])
-def test_the_public_face_is_small(module: str) -> None:
-    found = star_import(module)
+def test_the_public_face_is_small(module: str, stars: dict[str, set[str]]) -> None:
+    found = stars[module]
     assert not PUBLIC - found, f'{module} lacks {sorted(PUBLIC - found)}'
     assert not found - PUBLIC, f'{module} also has {sorted(found - PUBLIC)}'
 

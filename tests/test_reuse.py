@@ -1,6 +1,7 @@
 "Modules put together, of one model and of several; a class of a weak model replaced."
 from __future__ import annotations
 import copy
+from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_trained_or_foreign_modules_are_no_union(small: Pair) -> None:
     fused = extract(model, parts, [5], fuse=True)
     assert 'origin' not in fused.description
     assert torch.equal(answer(compose([a, fused])), torch.cat([answer(a), answer(fused)], 1))
+
+
+def test_modules_that_share_nothing(small: Pair) -> None:
+    "No kernel in common: the union computes what the two compute side by side."
+    model, parts = small
+    kept = torch.zeros_like(parts.kept)
+    kept[0, ::2] = kept[5, 1::2] = True
+    parts = replace(parts, kept=kept)
+    a, b = (extract(model, parts, [c]) for c in (0, 5))
+    together = union([a, b])
+    assert together.classes == ['class 0', 'class 5']
+    assert torch.allclose(answer(together), torch.cat([answer(a), answer(b)], 1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='none of the modules was cut from this model'):
+        compose([linear(['0'], channels=3), linear(['1'], channels=3)], model=model)
 
 
 @pytest.mark.parametrize('change, says', [

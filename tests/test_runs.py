@@ -102,20 +102,25 @@ def test_folder_in_use_is_refused(words: list, training: tuple, refused: Callabl
     assert process.poll() is None
 
 
-def test_folder_that_is_removed_ends_the_run(training: tuple) -> None:
-    out, process = training
-    while out.exists():
-        shutil.rmtree(out, ignore_errors=True)
-    said = last_words(process)
+def test_folder_that_is_removed_ends_the_run(
+    tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / 'run'
+    judge_first(lambda epoch: shutil.rmtree(out), monkeypatch)
+    said = refused(*WORDS, '--epochs', 2, '--out', out)
     assert 'was removed or replaced while it was in use' in said and not out.exists()
 
 
-@pytest.mark.parametrize(
-    'number', [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
-def test_signal_ends_a_run_that_can_go_on(number: int, tmp_path: Path) -> None:
-    out = tmp_path / 'run'
-    process = begun(out)
+def test_sigterm_ends_a_run_that_can_go_on(training: tuple) -> None:
+    check_ends(*training, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_sigint_ends_a_run_that_can_go_on(tmp_path: Path) -> None:
+    check_ends(tmp_path / 'run', begun(tmp_path / 'run'), signal.SIGINT)
+
+
+def check_ends(out: Path, process: subprocess.Popen, number: int) -> None:
     process.send_signal(number)
     said = last_words(process)
     assert 'training stopped: ' in said and 'the same command with --resume goes on from there' in said
@@ -124,14 +129,14 @@ def test_signal_ends_a_run_that_can_go_on(number: int, tmp_path: Path) -> None:
     load_tensors(out / 'resume.safetensors', 'run')
 
 
-def test_real_limits_of_the_disk(tmp_path: Path) -> None:
-    "Files may not exceed 100 kB: the state of a run does; and nothing can be said to a full disk."
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    process = start(*WORDS, '--width', 0.3, '--out', tmp_path / 'run', preexec_fn=limit)
-    said = last_words(process)
+def test_real_limits_of_the_disk(tmp_path: Path, refused: Callable) -> None:
+    "Files may not exceed 100 kB: the state of a run does."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        said = refused(*WORDS, '--width', 0.3, '--out', tmp_path / 'run')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert 'could not write' in said and 'resume.safetensors: files may not become that large' in said
     assert 'ulimit -f' in said and not [p for p in (tmp_path / 'run').glob('*') if p.is_file()]
 
@@ -146,18 +151,27 @@ def test_output_that_does_not_arrive(run: Path) -> None:
 # Complete or stopped
 
 
-def stop_in(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    "Training is asked to stop at the end of an epoch, before that is kept."
+def judge_first(do: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    "Something is done at the end of each epoch, before that is kept."
     from mwt.measure import evaluate
 
-    left = iter(range(1, 100))
+    epochs = iter(range(1, 100))
 
     def judge(*args: Any) -> float:
-        if next(left) == epoch:
-            raise InterruptedError('asked to stop')
+        do(next(epochs))
         return evaluate(*args)
 
     monkeypatch.setattr('mwt.train.fit.evaluate', judge)
+
+
+def stop_in(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Training is asked to stop at the end of an epoch, before that is kept."
+
+    def stop(now: int) -> None:
+        if now == epoch:
+            raise InterruptedError('asked to stop')
+
+    judge_first(stop, monkeypatch)
 
 
 def test_run_that_is_complete_says_so(
@@ -269,7 +283,13 @@ WRITES = {
 ERRORS = {errno.ENOSPC: 'is full', errno.EDQUOT: 'the quota on the disk', errno.EACCES: 'is not permitted'}
 
 
-@pytest.mark.parametrize('name', WRITES)
+# Training writes all its files in one way: of the four, the first and the last.
+MORE = {'model.safetensors', 'history.json'}
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE)) for name in WRITES]
+)
 def test_write_that_fails(name: str, run: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     "One line that says what to free; the last good file is intact, and a run goes on once there is room."
     number = list(ERRORS)[len(name) % 3]

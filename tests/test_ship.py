@@ -11,14 +11,15 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from helpers import picture
+from helpers import picture, pictures
 from PIL import Image
 from torch import Tensor, nn
+from mwt.core.display import percent
 from mwt.core.files import save_tensors
 from mwt.core.signature import Signature, weights_of
 from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
-from mwt.measure import count_params, evaluate
+from mwt.measure import count_params, evaluate, rejection
 from mwt.methods.modular import ModularModel, modularize
 from mwt.modules import budget as budgets
 from mwt.modules import export as exporting
@@ -33,6 +34,8 @@ from mwt.modules.module import SlimModule, as_module, load_module, note_, note_f
 from mwt.modules.parts import Parts
 from mwt.networks import create_model
 from mwt.runs.cli import main
+from mwt.runs.report import Run
+from mwt.runs.steps import own_figures
 from mwt.train.fit import fit
 
 OLD = Path(__file__).parent/'fixtures'/'0.1.0'
@@ -91,7 +94,8 @@ def test_onnx_computes_what_the_module_computes(module: SlimModule, tmp_path: Pa
     assert b'.py' not in path.read_bytes(), 'where operations stood in our source code'
 
 
-@pytest.mark.parametrize('change', [copy.copy, torch.nn.Module.double, torch.nn.Module.half,
+@pytest.mark.parametrize('change', [copy.copy, pytest.param(torch.nn.Module.double, marks=pytest.mark.slow),
+                                    torch.nn.Module.half,
                                     lambda m: compose([m, untrained(['c'], mean=.1)])],
                          ids=['plain', 'double', 'half', 'composed'])
 def test_every_module_is_exported(change: Callable, tmp_path: Path) -> None:
@@ -194,6 +198,47 @@ def test_nothing_to_round(tmp_path: Path) -> None:
         export(module, tmp_path/'a.onnx', int8=torch.randn(4, 2, 4, 4))
 
 
+def test_int8_limits_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "What ONNX Runtime cannot round, answers that are no numbers, answers that are others."
+    module, images = untrained(['a', 'b']), byte_images(8)
+    content = exporting.as_onnx(module, 18).SerializeToString()
+    with pytest.warns(UserWarning, match=r'in int8 the module answers as before for 0\.0 % of the calib'):
+        mirrored = copy.deepcopy(module)
+        with torch.no_grad(): [p.neg_() for p in [*mirrored.parameters()][-2:]]
+        exporting.check_rounded(mirrored, content, images)
+    answers = torch.full((8, 2), torch.nan)
+    with monkeypatch.context() as m:
+        m.setattr(exporting, 'run_session', lambda session, x: answers)
+        with pytest.raises(ValueError, match='int8: the answers are no numbers any more'):
+            exporting.check_rounded(module, content, images)
+    def refuse(*args: Any, **options: Any) -> None: raise NotImplementedError('no 8 bits for ReLU')
+    monkeypatch.setattr('onnxruntime.quantization.quantize_static', refuse)
+    monkeypatch.setattr(exporting, 'as_onnx', lambda module, opset: onnx.load_from_string(content))
+    with pytest.raises(ValueError, match='int8: ONNX Runtime cannot quantize this module: no 8 bits'):
+        export(module, tmp_path/'a.onnx', int8=images)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_onnx_limits_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "An opset that the installed package does not know, operations that ONNX or PyTorch cannot follow."
+    module = untrained(['a', 'b'])
+    def refuse(*args: Any, **options: Any) -> None: raise RuntimeError('no ONNX function for aten.nix')
+    with monkeypatch.context() as m:
+        m.setattr(onnx.defs, 'onnx_opset_version', lambda: 20)
+        says = f'opset 21 is more than onnx {onnx.__version__} knows, 20; upgrade'
+        with pytest.raises(ValueError, match=says):
+            export(module, tmp_path/'a.onnx', opset=21)
+    with monkeypatch.context() as m:
+        m.setattr(exporting, 'as_program', lambda module: None)
+        m.setattr(torch.onnx, 'export', refuse)
+        with pytest.raises(ValueError, match='be written as ONNX, opset 19: no ONNX function for aten.nix'):
+            export(module, tmp_path/'a.onnx', opset=19)
+    monkeypatch.setattr(torch.export, 'export', refuse)
+    with pytest.raises(ValueError, match='torch.export cannot follow this module .*: no ONNX function'):
+        export(module, tmp_path/'a.pt2')
+    assert not [*tmp_path.iterdir()]
+
+
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     with pytest.raises(ImportError, match=r"pip install 'mwt\[export\]'"):
@@ -275,7 +320,8 @@ def test_only_fresh_cuts_are_mended(trained: tuple, hard: SlimModule, tmp_path: 
 
 # Budgets
 
-@pytest.mark.parametrize('cost, limits', [('params', [3000, 12_000]), ('flops', [30_000, 120_000])])
+@pytest.mark.parametrize('cost, limits', [
+    ('params', [3000, 12_000]), pytest.param('flops', [30_000, 120_000], marks=pytest.mark.slow)])
 def test_budget_is_kept(cost: str, limits: list[int], trained: tuple, data: ImageData) -> None:
     "By the module itself, and by no candidate with one kernel more."
     model, parts = trained
@@ -358,6 +404,59 @@ def test_senseless_card(card: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='a.safetensors does not describe a module'): load_module(path)
 
 
+# Figures on the cards of a run's modules
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    "Digits, trained so that modules doubt other classes, and decomposed."
+    folder = tmp_path_factory.mktemp('run')/'run'
+    run = Run.create(folder, 'digits', width=.05, epochs=1, batch_size=128, reject=True)
+    run.train('cpu', show_progress=False)
+    run.decompose(device='cpu', show_progress=False)
+    return run
+
+
+def test_cards_say_how_good_modules_are(run: Run, capsys: pytest.CaptureFixture) -> None:
+    "By validation images when they are cut, by test images when they are evaluated."
+    pair, one = run.extract(['3', '8'], ['5'], device='cpu')
+    valid, test = run.data('cpu').valid, run.data('cpu').test
+    assert pair.card['accuracy'] == dict(valid=evaluate(pair, valid)) and 'accuracy' not in one.card
+    for m in (pair, one): assert m.card['rejection'] == dict(valid=rejection(m, valid))
+    out = said(capsys, 'list', run.folder)
+    assert f"{percent(pair.card['accuracy']['valid'])} (valid)" in out and 'one class' in out
+    table = run.evaluate(device='cpu')
+    pair, one = run.modules()['3-8'], run.modules()['5']
+    assert pair.card['accuracy']['test'] == evaluate(pair, test) and 'accuracy' not in one.card
+    figures = [f'{rejection(m, test):.3f}' for m in (pair, one)]
+    assert [row['rejection'] for row in table.rows] == ['-', *figures]
+    assert 'rejection: AUROC of own classes against others' in run.report().read_text()
+    out = said(capsys, 'list', run.folder)
+    assert f'{percent(evaluate(pair, test))} (test)' in out and f'AUROC {figures[1]} (test)' in out
+    out = said(capsys, 'show', run.module_path(['5']))
+    assert 'rejection: valid' in out and f'AUROC {figures[1]}' in out
+
+
+def test_others_are_not_asked_what_they_never_learned(module: SlimModule, data: ImageData) -> None:
+    assert own_figures(module, data.test) == dict(accuracy=evaluate(module, data.test))
+    whole = copy.deepcopy(module)
+    whole.description['reject'] = True
+    assert 'rejection' in own_figures(whole, data.test)
+    assert 'rejection' not in own_figures(whole, data.test.subset(CLASSES)), 'no image of another class'
+
+
+def test_cutting_needs_no_images(tmp_path: Path) -> None:
+    images = pictures(tmp_path/'images', [f'{c}/{i}.png' for c in 'ab' for i in range(10)], channels=1)
+    run = Run.create(tmp_path/'run', images, width=.1, epochs=1, batch_size=8, valid=.2, workers=0, size=8)
+    run.train('cpu', show_progress=False)
+    run.decompose(device='cpu', show_progress=False)
+    images.rename(tmp_path/'moved')
+    with pytest.warns(UserWarning, match='cut, but their accuracy is not measured: .*--data'):
+        [module] = Run.open(run.folder).extract(['a', 'b'], device='cpu')
+    assert 'accuracy' not in module.card
+    [module] = Run.open(run.folder, tmp_path/'moved').extract(['a', 'b'], device='cpu')
+    assert module.card['accuracy'].keys() == {'valid'}
+
+
 # Commands
 
 @pytest.fixture
@@ -408,6 +507,33 @@ def test_compose_and_export(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     assert torch.allclose(by_onnx(shelf/'both.onnx', byte_images(2, (3, 8, 8))), expected, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_export_int8(shelf: Path, module: SlimModule, data: ImageData, capsys: pytest.CaptureFixture) -> None:
+    "Images for the rounding are named like any data; the file says that it is rounded."
+    save_module(module, 'digits.safetensors')
+    said(capsys, 'export', 'digits.safetensors', 'float.onnx')
+    assert 'int8.onnx' in said(capsys, 'export', 'digits.safetensors', 'int8.onnx', '--int8', 'digits')
+    assert Path('int8.onnx').stat().st_size < .6 * Path('float.onnx').stat().st_size
+    facts = onnxruntime.InferenceSession('int8.onnx').get_modelmeta().custom_metadata_map
+    assert facts['weights'] == 'int8' and json.loads(facts['classes']) == CLASSES
+    x = torch.cat([(images * 255).round().byte() for images, _ in data.test.subset(CLASSES).pixels()])
+    same = by_onnx(Path('float.onnx'), x).argmax(1) == by_onnx(Path('int8.onnx'), x).argmax(1)
+    assert same.double().mean() > .9
+
+
+def test_compose_with_images(shelf: Path, capsys: pytest.CaptureFixture, refused: Callable) -> None:
+    "Images of all classes bring modules to one scale; so a class may be in two, and the result is measured."
+    save_module(untrained(['dog', 'fox'], shape=(3, 8, 8)), shelf/'c.safetensors')
+    for label, name in enumerate(('cat', 'dog', 'fox')):
+        for i in range(10): picture(shelf/'images'/name/f'{i}.png', 10 * label + i)
+    words = ['compose', 'a.safetensors', 'c.safetensors', '--out', 'both.safetensors']
+    assert "class 'dog' is in more than one module" in refused(*words)
+    said(capsys, *words, '--data', 'images')
+    both = load_module('both.safetensors')
+    assert both.classes == ['cat', 'dog', 'fox'] and both.card['accuracy'].keys() == {'test'}
+    assert 'scale' in both.description['tensors'] and len(both.card['composed_of']) == 2
+
+
 def test_fine_tune(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     for label, name in enumerate(('cat', 'dog', 'fox')):
         for i in range(10): picture(shelf/'images'/name/f'{i}.png', 10 * label + i)
@@ -425,6 +551,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     'no file': (['show', 'no.safetensors'], 'no module at no.safetensors'),
     'no image': (['predict', 'a.safetensors', 'a.safetensors'], 'a.safetensors is not a readable image'),
     'missing image': (['predict', 'a.safetensors', 'no.png'], 'no image no.png'),
+    'compose no module': (['compose', 'a.safetensors', 'x.png', '--out', 'c.safetensors'],
+                          'x.png is truncated, damaged or no safetensors file'),
+    'another file': (['export', 'weights.safetensors', 'a.onnx'],
+                     'weights.safetensors is not a module written by mwt'),
+    'old opset': (['export', 'a.safetensors', 'a.onnx', '--opset', '9'],
+                  'opset must be a whole number at least 18'),
     'same class': (['compose', 'a.safetensors', 'a.safetensors', '--out', 'c.safetensors'],
                    "class 'cat' is in"),
     'suffix': (['export', 'a.safetensors', 'a.tflite'], 'path must end in .onnx or .pt2'),
@@ -434,6 +566,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize('words, says', MISTAKES.values(), ids=MISTAKES)
 def test_mistakes(words: list[str], says: str, shelf: Path, refused: Callable) -> None:
     (shelf/'empty').mkdir()
+    save_tensors(shelf/'weights.safetensors', 'checkpoint', dict(a=torch.zeros(1)), {})
     before = sorted(p.name for p in shelf.iterdir())
     assert says in refused(*words)
     assert sorted(p.name for p in shelf.iterdir()) == before

@@ -70,7 +70,9 @@ def parts(model: ModularModel, data: ImageData) -> Parts:
     return decompose(model, data.train, show_progress=False)
 
 
-every_kind = pytest.mark.parametrize('kind', ['plain', *METHODS])
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ('plain', 'composable')))
+         for kind in ('plain', *METHODS)]
+every_kind = pytest.mark.parametrize('kind', KINDS)
 
 # Normalisation
 

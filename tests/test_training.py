@@ -63,12 +63,16 @@ def trained(kind: str, data: Any, epochs: int = 1, seed: int = 0,
 
 
 every_kind = pytest.mark.parametrize('kind', [PLAIN, *METHODS])
+# Of what no method has a part in, the others are slow.
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in (PLAIN, 'composable')))
+         for kind in (PLAIN, *METHODS)]
+some_kinds = pytest.mark.parametrize('kind', KINDS)
 every_method = pytest.mark.parametrize('method', METHODS)
 
 
 # A seed repeats everything, and disturbs nothing
 
-@every_kind
+@some_kinds
 @pytest.mark.parametrize('name', [pytest.param('simcnn', marks=pytest.mark.slow), 'rescnn'])
 def test_seed_repeats_every_bit(name: str, kind: str, data: ImageData) -> None:
     runs = []
@@ -372,7 +376,7 @@ def random_batches(samples: int, n_classes: int, batch_size: int) -> Batches:
 
 @EPOCHS
 @every_kind
-@pytest.mark.parametrize('name', ['simcnn', 'resnet18'])
+@pytest.mark.parametrize('name', ['simcnn', pytest.param('resnet18', marks=pytest.mark.slow)])
 def test_step_never_waits(name: str, kind: str, epochs: float, data: ImageData) -> None:
     assert sum(step_calls(network(name, kind), data.train, epochs).values()) > 100
 
@@ -452,7 +456,8 @@ def test_momentum_goes_along(name: str, order: torch.memory_format, data: ImageD
 
 
 @pytest.mark.parametrize('dense', [False, True])
-@pytest.mark.parametrize('name', ['simcnn', 'resnet18'])        # without dropout, whose draws would differ
+@pytest.mark.parametrize('name', [              # without dropout, whose draws would differ
+    pytest.param('simcnn', marks=pytest.mark.slow), 'resnet18'])
 def test_smaller_network_learns_what_the_whole_one_would(name: str, dense: bool, data: ImageData) -> None:
     "In double precision, where rounding has no time to grow."
     weights = []
@@ -630,7 +635,7 @@ def test_bfloat16(kind: str, data: ImageData) -> None:
     assert torch.allclose(loss, full, rtol=.1)
 
 
-@every_kind
+@some_kinds                     # and every method in test_methods
 def test_checkpoint_round_trip(kind: str, data: ImageData, tmp_path: Path) -> None:
     model, path = network('rescnn', kind), tmp_path/'deep'/'er'/'model.safetensors'
     fit(model, data, 1, checkpoint=path, show_progress=False)
@@ -827,7 +832,7 @@ def loaders(data: ImageData) -> tuple[DataLoader, DataLoader]:
     return DataLoader(train, 64, shuffle=True, drop_last=True), DataLoader(valid, 64)
 
 
-@every_kind
+@some_kinds
 def test_loaders_are_learned_and_seeded(kind: str, loaders: tuple[DataLoader, DataLoader]) -> None:
     (a, rows), (b, again), (c, _) = (trained(kind, loaders, 2, seed, device='cpu') for seed in (0, 0, 1))
     assert same_state(a, b) and rows == again
@@ -922,8 +927,9 @@ def test_killed_run_leaves_whole_files(when: str, checkpoint: bool, killed: dict
     if checkpoint: assert load_checkpoint(network(kind='composable'), out/'model.safetensors')['epoch'] >= 1
 
 
-@pytest.mark.parametrize('when, way', [('first', ''), ('second', 'go on with it by --resume'),
-                                       ('middle', 'go on with it by --resume')])
+@pytest.mark.parametrize('when, way', [
+    ('first', ''), pytest.param('second', 'go on with it by --resume', marks=pytest.mark.slow),
+    ('middle', 'go on with it by --resume')])
 def test_killed_run_says_how_to_go_on(when: str, way: str, killed: dict[str, Path],
                                       capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     out = tmp_path/'run'

@@ -17,8 +17,8 @@ __all__ = []
 
 # %% ../../nbs/01_core/11_card.ipynb #96b4ba95
 KINDS: dict[str, type] = dict(      # what may be on a card
-    data=dict, model=dict, method=dict, training=dict, accuracy=dict, params=int, flops=int,
-    weights=str, versions=dict, changes=list, composed_of=list)
+    data=dict, model=dict, method=dict, training=dict, accuracy=dict, rejection=dict, params=int,
+    flops=int, weights=str, versions=dict, changes=list, composed_of=list)
 LONGEST = 64 << 10                  # characters, as JSON
 
 def check_card(
@@ -32,7 +32,8 @@ def check_card(
         if key not in KINDS: raise WrongValue(f'no mwt writes {shortened(key)} on a card')
         if type(value) is KINDS[key]: continue
         raise WrongValue(f'{key} on a card must be of type {KINDS[key].__name__}, not {shortened(value)}')
-    for name, value in card.get('accuracy', {}).items(): check_range(f'accuracy {name}', value, 0, 1)
+    for kind in ('accuracy', 'rejection'):
+        for split, value in card.get(kind, {}).items(): check_range(f'{kind} {split}', value, 0, 1)
     for name in ('params', 'flops'): check_range(name, card.get(name, 0), 0, integer=True)
     for other in card.get('composed_of', []): check_card(other)
 
@@ -47,13 +48,17 @@ def facts_of(
     for key, value in card.items():
         if key in INTERNAL: continue
         if key == 'composed_of': value = [spoken(other) for other in value]
-        if isinstance(value, dict): found |= {f'{key}: {k}': _said(key, v) for k, v in value.items()}
-        else: found[key] = _said(key, value)
+        if isinstance(value, dict): found |= {f'{key}: {k}': figure_text(key, v) for k, v in value.items()}
+        else: found[key] = figure_text(key, value)
     return [dict(fact=fact, value=value) for fact, value in found.items()]
 
-def _said(key: str, value: Any) -> str:
+def figure_text(
+    key: str, # of a card
+    value: Any, # what the card says, or an item of it
+) -> str: # e.g. '98.5 %'
     "A value as people read it."
     if key == 'accuracy': return percent(value)
+    if key == 'rejection': return f'AUROC {value:.3f}'
     if type(value) is int: return f'{value:,}'
     if isinstance(value, list): return '; '.join(map(str, value))
     return str(value)
@@ -78,6 +83,8 @@ def front_matter(
     data = visible(card.get('data', {}).get('name', 'unknown'))
     metrics = [dict(type='accuracy', name=f'accuracy ({visible(split)})', value=value)
                for split, value in card.get('accuracy', {}).items()]
+    metrics += [dict(type='roc_auc', name=f'own classes against others ({visible(split)})', value=value)
+                for split, value in card.get('rejection', {}).items()]
     if not metrics: return about
     task = dict(type='image-classification')
     result = dict(task=task, dataset=dict(name=data, type=data), metrics=metrics)

@@ -118,6 +118,8 @@ def observe(self: ClassGates,
     self.mask = self.targets = None
 
 # %% ../../nbs/05_methods/09_composable.ipynb #6cb285c9
+PRICE = 3 / 4           # power of what a unit costs
+
 @patch
 def relative(self: ClassGates,
     separation: float, # gamma, at least 0
@@ -126,7 +128,7 @@ def relative(self: ClassGates,
     scores = self.scores / self.scores.sum(1, keepdim=True).clamp_min(1e-30)
     special = scores / scores.mean(0).clamp_min(1e-30)
     price = self.costs.price(module_masks(self.gates)).mean(0)
-    return scores * special**separation / price.clamp_min(1e-30)
+    return scores * special**separation / price.clamp_min(1e-30)**PRICE
 
 MOST_PAIRS = 128        # of classes that a mean is taken over; of more, an even choice
 
@@ -259,7 +261,7 @@ class Composable(Method, name='composable'):
     decay: float = 0.995        # of the running mean of squared gradients, 0 to below 1
     dense: bool = True          # the full model keeps all kernels; target sets are trained inside it
     set_fraction: float = 0.5   # dense: of each batch that trains target sets too, above 0, at most 1
-    distill: float = 0.5        # dense: share of the full model's answer in what sets learn, 0 to 1
+    distill: float = 0.8        # dense: share of the full model's answer in what sets learn, 0 to 1
     two_roles: bool = True      # not dense: with frozen gates each image trains full model and target set
     reject: bool = False        # target sets learn to doubt images of other classes; three classes at least
     skip_first: bool = False    # leave the first convolution unmasked

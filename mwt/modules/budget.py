@@ -40,6 +40,7 @@ def units_of(
     units = torch.cat([shared.units_of(name) for name in parts.sizes])
     return units.masked_fill(units == shared.n_units, -1), shared.gates.groups.cpu()
 
+# %% ../../nbs/08_modules/10_budget.ipynb #655f4848
 def unit_scores(
     model: ModularModel, # the model
     parts: Parts, # its decomposition
@@ -73,6 +74,7 @@ def ranked(
     order = distinct[0].masked_fill(needed, torch.inf).argsort(descending=True)
     return order[:int(mine.sum())], int(needed.sum())
 
+# %% ../../nbs/08_modules/10_budget.ipynb #bdabdeaf
 def with_units(
     model: ModularModel, # the model
     parts: Parts, # its decomposition
@@ -100,6 +102,7 @@ def costs_of(
     if 'latency_ms' in what: found['latency_ms'] = 1e3 * profiles([module])[0].latency
     return found
 
+# %% ../../nbs/08_modules/10_budget.ipynb #ee742136
 def check_budget(
     asked: Mapping[str, float | None], # cost -> at most
 ) -> dict[str, float]: # those that were given
@@ -126,6 +129,7 @@ class Budget:
     def __repr__(self) -> str: return str(self.table())
     def _repr_markdown_(self) -> str: return self.table()._repr_markdown_()
 
+# %% ../../nbs/08_modules/10_budget.ipynb #d0af6c5e
 def _spelled(cost: str, value: float) -> str:
     "A cost as people read it."
     if cost == 'flops': return f'{1e-6 * value:,.3f}'
@@ -196,6 +200,7 @@ class Candidates:
             else: high = middle - 1
         return low
 
+# %% ../../nbs/08_modules/10_budget.ipynb #6869d8e1
 def too_small(asked: Mapping[str, float], smallest: Mapping[str, float]) -> ValueError:
     "An error that says the smallest possible."
     name = next(n for n, limit in asked.items() if smallest[n] > limit)

@@ -27,7 +27,7 @@ from .extract import cut_out, model_id, with_card_
 from ..train.fit import fit
 
 # %% auto #0
-__all__ = ['compose', 'shared_pieces', 'fine_tune']
+__all__ = ['compose', 'fine_tune']
 
 # %% ../../nbs/08_modules/07_compose.ipynb #7e440b61
 def places_of(
@@ -203,6 +203,7 @@ def union_from(
     union([cut, *modules])              # raises where a module has been trained since
     return with_card_(cut, model)
 
+# %% ../../nbs/08_modules/07_compose.ipynb #b6b1a3a5
 def shared(
     modules: Sequence[SlimModule], # of any models
     model: ModularModel | None = None, # one of these
@@ -301,6 +302,7 @@ def score_steps(
     return [_step(name + end, 'function', target, args)
             for end, target, args in chain]
 
+# %% ../../nbs/08_modules/07_compose.ipynb #6a9e8673
 def joined_description(
     modules: Sequence[SlimModule], # that fit together
     scored: bool = False, # as modules that reject
@@ -343,6 +345,7 @@ def averages(
     found = torch.tensor([[float(name == c) for c in classes] for name in names])
     return found / found.sum(0).clamp_min(1)
 
+# %% ../../nbs/08_modules/07_compose.ipynb #f40bf0cb
 def then(d: dict[str, Any], name: str, target: str, args: Sequence[Any]) -> None:
     "Put one operation more behind a description, in place."
     *_, output = d['steps']
@@ -515,11 +518,13 @@ def outputs(
     module: SlimModule, # in any mode
     images: Tensor, # (images, channels, height, width)
 ) -> Tensor: # (images, outputs), double, on the CPU
-    "What a module answers, some images at a time."
+    "What a module answers, some images at a time. Raises `ValueError` for NaN."
     dtype = input_dtype(module)
     some = images.split(256)
     with evaluating(module): found = [module(x.to(dtype)) for x in some]
-    return torch.cat(found).double().cpu()
+    answers = torch.cat(found).double().cpu()
+    if answers.isfinite().all(): return answers
+    raise WrongValue('for these images the modules answer NaN or infinity; check the weights and the images')
 
 # %% ../../nbs/08_modules/07_compose.ipynb #0c037473
 RIDGE = 1e-4        # of the squares, so that there is one best solution
@@ -562,6 +567,7 @@ def fit_scores(
     scale, offset = found.view(2, -1)[:, piece]
     return scale / spread, offset
 
+# %% ../../nbs/08_modules/07_compose.ipynb #09ab9bc3
 def calibrated(
     pieces: Sequence[Piece], # side by side
     classes: Sequence[str], # wanted
@@ -577,28 +583,7 @@ def calibrated(
     return [replace(p, scale=scale, offset=offset)
             for p, (scale, offset) in zip(bare, both)]
 
-# %% ../../nbs/08_modules/07_compose.ipynb #84cda6fa
-def compose(
-    modules: Sequence[SlimModule], # for images of one number of channels
-    calibrate: Any = None, # a split with images of all classes, to bring several models to one scale
-    model: ModularModel | None = None, # a model that some modules were cut from, for their exact union
-    share: bool = True, # modules of one model become one; `False`: side by side
-) -> SlimModule: # one module with all their classes, in eval mode
-    "Make one module of several. Raises `ValueError` for what cannot be compared or put together."
-    _check_composable(modules)
-    check_flag('share', share)
-    if model is not None: check_modular(model, 'give the model that the modules were cut from')
-    classes = list(dict.fromkeys(c for m in modules for c in m.classes))
-    pieces = [p for m in modules for p in pieces_of(m)]
-    if share: pieces = shared_pieces(pieces, model)
-    if calibrate is not None and len(pieces) > 1: pieces = calibrated(pieces, classes, calibrate)
-    names = [c for p in pieces for c in p.used]
-    twice = [c for c in classes if names.count(c) > 1]
-    if twice and calibrate is None and not rejecting(pieces):
-        raise WrongValue(f"class {twice[0]!r} is in more than one module; give calibrate=data, so that "
-                         "their answers can be averaged")
-    return assembled(pieces, classes)
-
+# %% ../../nbs/08_modules/07_compose.ipynb #a310fbf1
 def shared_pieces(
     pieces: Sequence[Piece], # of any models
     model: ModularModel | None, # one of these
@@ -618,6 +603,28 @@ def _of_one_model(*modules: SlimModule) -> bool:
     origins = [m.description.get('origin') or {'model': id(m)} for m in modules]
     return len({o['model'] for o in origins}) == 1
 
+# %% ../../nbs/08_modules/07_compose.ipynb #84cda6fa
+def compose(
+    modules: Sequence[SlimModule], # for images of one number of channels
+    calibrate: Any = None, # a split with images of all classes, to bring several models to one scale
+    model: ModularModel | None = None, # a model that some modules were cut from, for their exact union
+    share: bool = True, # modules of one model become one; `False`: side by side
+) -> SlimModule: # one module with all their classes, in eval mode
+    "Make one module of several. Raises `ValueError` for what cannot be compared or put together."
+    _check_composable(modules)
+    check_flag('share', share)
+    if model is not None: check_modular(model, 'give the model that the modules were cut from')
+    classes = list(dict.fromkeys(c for m in modules for c in m.classes))
+    pieces = [p for m in modules for p in pieces_of(m)]
+    if share: pieces = shared_pieces(pieces, model)
+    if calibrate is not None and len(pieces) > 1: pieces = calibrated(pieces, classes, calibrate)
+    names = [c for p in pieces for c in p.used]
+    twice = [c for c in classes if names.count(c) > 1]
+    if twice and calibrate is None and not rejecting(pieces):
+        raise WrongValue(f"class {twice[0]!r} is in more than one module; give calibrate=data (mwt compose "
+                         "--data FOLDER), so that their answers can be averaged")
+    return assembled(pieces, classes)
+
 # %% ../../nbs/08_modules/07_compose.ipynb #4a3b5b18
 def add_class(
     module: SlimModule, # not changed
@@ -631,6 +638,7 @@ def add_class(
         raise WrongValue(f'{other.classes} are classes of the module already; add one with another class')
     return compose([module, other], calibrate, model)
 
+# %% ../../nbs/08_modules/07_compose.ipynb #65e9fe76
 def drop_class(
     module: SlimModule, # not changed
     name: str, # one of its classes

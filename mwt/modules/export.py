@@ -24,6 +24,7 @@ from ..core.display import Table, _spell, percent
 from ..core.errors import MwtError, NotFound, NotInstalled, WrongType, WrongValue
 from ..core.files import as_path, atomic_write, check_writable, is_file
 from ..core.nets import copy_of
+from ..core.signature import check_pixels
 from ..core.timing import time_in_turns
 from ..data.batches import Batches
 from ..data.loaders import as_batches, taken_by
@@ -46,6 +47,7 @@ def random_images(
     if not module.takes_pixels: return torch.randn(shape, generator=generator)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
+# %% ../../nbs/08_modules/08_export.ipynb #cb621d60
 def facts_beside(
     module: SlimModule, # any
 ) -> dict[str, str]: # for the metadata of a file
@@ -63,12 +65,14 @@ def some_images(
     images: Tensor | Batches | Iterable, # a tensor, a split, a `DataLoader`; labels are not used
     most: int, # how many, at most
 ) -> Tensor: # (images, channels, height, width), as the module takes them, on the CPU
-    "A few images. Raises `ValueError` for none, or for images of another shape."
+    "A few images. Raises `ValueError` for none, for another shape, and for what are no pixels."
     if not isinstance(images, Tensor): images = _from_batches(module, images, most)
-    if images.ndim == 4 and len(images) and tuple(images.shape[1:]) == module.input_shape:
-        return images.detach().cpu()[spread_over(len(images), most)]
-    raise WrongValue(f'images must be (images, {", ".join(map(str, module.input_shape))}), at least one, '
-                     f'as the module takes them, not {tuple(images.shape)}')
+    if images.ndim != 4 or not len(images) or tuple(images.shape[1:]) != module.input_shape:
+        raise WrongValue(f'images must be (images, {", ".join(map(str, module.input_shape))}), at least one, '
+                         f'as the module takes them, not {tuple(images.shape)}')
+    few = images.detach().cpu()[spread_over(len(images), most)]
+    if module.takes_pixels and few.dtype != torch.uint8: check_pixels(few)
+    return few
 
 def _from_batches(module: SlimModule, images: Any, most: int) -> Tensor:
     "The first images of a loader, or an even choice of a split."
@@ -79,8 +83,10 @@ def _from_batches(module: SlimModule, images: Any, most: int) -> Tensor:
     for x, _ in taken_by(batches, module):
         found.append(x.cpu())
         if sum(map(len, found)) >= most: break
+    if not found: raise WrongValue('images must be at least one; the loader has none')
     return torch.cat(found)
 
+# %% ../../nbs/08_modules/08_export.ipynb #7948dbc5
 def spread_over(
     n: int, # how many there are
     most: int, # how many to take
@@ -110,6 +116,7 @@ def quiet() -> Iterator[None]:
             yield
     finally: logging.disable(before)
 
+# %% ../../nbs/08_modules/08_export.ipynb #9f47337c
 def first_cause(
     e: BaseException, # what an exporter raised
 ) -> str: # one line
@@ -118,6 +125,7 @@ def first_cause(
     said = str(e).strip() or type(e).__name__
     return said.splitlines()[0][:300]
 
+# %% ../../nbs/08_modules/08_export.ipynb #6adee3c8
 def as_program(
     module: SlimModule, # not changed
 ) -> torch.export.ExportedProgram: # float32, on the CPU
@@ -168,6 +176,7 @@ def needed(
         raise NotInstalled(f"{e.name or names[0]} is not installed ({e}); .onnx files need the packages of "
                            "the extra export: pip install 'mwt[export]'") from e
 
+# %% ../../nbs/08_modules/08_export.ipynb #b2e1dd5f
 def session_of(
     content: bytes, # of an .onnx file
     name: str = 'the file', # for errors
@@ -202,6 +211,7 @@ def check_opset(
     raise WrongValue(f'opset {opset} is more than onnx {onnx.__version__} knows, '
                      f'{onnx.defs.onnx_opset_version()}; upgrade it, or take a lower one')
 
+# %% ../../nbs/08_modules/08_export.ipynb #e82d0b04
 def as_onnx(
     module: SlimModule, # not changed
     opset: int, # version of ONNX's operations
@@ -250,6 +260,7 @@ class Reader:
         piece = next(self.pieces, None)
         return None if piece is None else {INPUT: piece.numpy()}
 
+# %% ../../nbs/08_modules/08_export.ipynb #8810487e
 def as_int8(
     module: SlimModule, # not changed
     images: Tensor, # for calibration, as the exported file takes them
@@ -325,6 +336,7 @@ def export(
     else: content = _rounded(module, int8, opset)
     return atomic_write(path, lambda p: p.write_bytes(content))
 
+# %% ../../nbs/08_modules/08_export.ipynb #87a40e04
 def _onnx(module: SlimModule, opset: int) -> bytes:
     content = as_onnx(module, opset).SerializeToString()
     check_same(module, partial(run_session, session_of(content)), 'ONNX Runtime')

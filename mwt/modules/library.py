@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.card import facts_of, spoken
+from ..core.card import facts_of, figure_text, spoken
 from ..core.checks import check_kind
 from ..core.display import Table, _spell, percent
 from ..core.errors import NotFound, WrongValue
@@ -37,6 +37,7 @@ def read_about(
     with describes(path, 'a module'): check_facts(about)
     return about | dict(numbers=sum(t.numel() for t in tensors.values()))
 
+# %% ../../nbs/08_modules/11_library.ipynb #59d07cc8
 def module_files(
     folder: str | Path, # searched with all its sub-folders
 ) -> dict[Path, dict[str, Any]]: # file -> description
@@ -62,26 +63,33 @@ def shortened_names(
     if len(names) <= 60: return names
     return f'{len(classes)} classes: {names[:40]}...'
 
-def known_accuracy(
+# %% ../../nbs/08_modules/11_library.ipynb #744c172f
+def known_figure(
     card: Mapping[str, Any], # a card
-) -> str: # e.g. '98.5 % (test)'
-    "The accuracy on a card, that of test images where it is known."
-    known = card.get('accuracy', {})
+    name: str, # 'accuracy' or 'rejection'
+) -> str: # e.g. '98.5 % (test)'; '-' where nobody has measured it
+    "A figure on a card, that of test images where it is known."
+    known = card.get(name, {})
     for split in ('test', 'valid', *known):
-        if split in known: return f'{percent(known[split])} ({split})'
+        if split in known: return f'{figure_text(name, known[split])} ({split})'
     return '-'
 
+# %% ../../nbs/08_modules/11_library.ipynb #cab94a8c
 def library(
     folder: str | Path, # searched with all its sub-folders
 ) -> Table: # a row a module
     "What the modules of a folder recognise, how large and how good they are, where they come from."
-    rows = []
-    for path, about in module_files(folder).items():
+    rows, files = [], module_files(folder)
+    rejecting = any('rejection' in about.get('card', {}) for about in files.values())
+    for path, about in files.items():
         card = about.get('card', {})
         shape = 'x'.join(map(str, about['input_shape']))
         row = dict(file=path.relative_to(folder).as_posix(), recognises=shortened_names(about['classes']))
         row |= dict(images=shape, parameters=f"{card.get('params', about['numbers']):,}")
-        rows.append(row | dict(accuracy=known_accuracy(card), origin=spoken(card) or '-'))
+        row['accuracy'] = known_figure(card, 'accuracy')
+        if len(about['classes']) == 1: row['accuracy'] = 'one class'        # nothing to choose from
+        if rejecting: row['rejection'] = known_figure(card, 'rejection')
+        rows.append(row | dict(origin=spoken(card) or '-'))
     return Table(rows)
 
 # %% ../../nbs/08_modules/11_library.ipynb #a97ffc24
@@ -119,6 +127,7 @@ def image_for(
     spread = np.broadcast_to(pixels, module.input_shape)
     return torch.from_numpy(spread.copy())[None]
 
+# %% ../../nbs/08_modules/11_library.ipynb #db01c259
 def predict(
     module: SlimModule, # that takes pixels
     paths: Sequence[str | Path], # images
@@ -152,9 +161,10 @@ def answers_table(
 # %% ../../nbs/08_modules/11_library.ipynb #9e16e78e
 def compose_files(
     paths: Sequence[str | Path], # module files
+    calibrate: Any = None, # as in `compose`: images of all classes
 ) -> SlimModule: # with a card
-    "Set the modules of some files side by side. Raises `ValueError` for modules that do not fit together."
+    "Make one module of some files. Raises `ValueError` for modules that do not fit together."
     check_kind('paths', paths, (list, tuple), 'a list of module files')
     modules = [load_module(path) for path in paths]
     cards = [{k: v for k, v in current_card(m).items() if k != 'weights'} for m in modules]
-    return note_(compose(modules), composed_of=cards)
+    return note_(compose(modules, calibrate), composed_of=cards)

@@ -101,6 +101,8 @@ def heard(
     return {name: torch.cat(rows) for name, rows in found.items() if rows}
 
 # %% ../../nbs/08_modules/09_mend.ipynb #95334d79
+LEAST_RIDGE = 1e-9      # below it, inputs that say the same have no solution in double precision
+
 @torch.no_grad()
 def refit_(
     layer: nn.Module, # a convolution or a linear layer; its weight is changed
@@ -119,7 +121,7 @@ def refit_(
     gram = x.T @ x / len(x)
     price = gram.diagonal().mean()
     if price <= 0: return                   # it reads zeros
-    gram.diagonal().add_(ridge * price)
+    gram.diagonal().add_(max(ridge, LEAST_RIDGE) * price)
     change = torch.linalg.solve(gram, x.T @ error / len(x)).T
     constant = error_mean - change @ x_mean
     layer.weight += change.view_as(layer.weight).to(layer.weight)
@@ -146,6 +148,7 @@ def fittable(
         found[step['target']] = None if norm is None else module.get_submodule(norm)
     return found
 
+# %% ../../nbs/08_modules/09_mend.ipynb #4e6d7d00
 def trained_masks(
     model: ModularModel, # trained
     rows: list[int], # classes
@@ -196,6 +199,7 @@ def distance(
     with evaluating(module): found = torch.cat([module(piece) for piece in pieces])
     return F.mse_loss(found.double(), logits.double()).item()
 
+# %% ../../nbs/08_modules/09_mend.ipynb #adeb60e8
 def refitted(
     module: SlimModule, # not changed
     aims: Mapping[str, Tensor], # layer -> (rows, outputs) it shall write
@@ -226,6 +230,7 @@ def check_mendable(
     if sizes == dict(model.kernels) and max(rows) < model.n_classes: return
     raise WrongValue('this module was cut out of another model; layers, kernels or classes differ')
 
+# %% ../../nbs/08_modules/09_mend.ipynb #c816d6f1
 def check_alike(
     module: SlimModule, # to be mended
     aims: Mapping[str, Tensor], # layer -> (rows, outputs)

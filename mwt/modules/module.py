@@ -83,6 +83,7 @@ def ready_steps(
     done = [[name for name, at in last.items() if at == i] for i in range(len(steps))]
     return [Step(**step, reads=_only_results(step), done=names) for step, names in zip(steps, done)]
 
+# %% ../../nbs/08_modules/04_module.ipynb #5611fea2
 def check_order(
     steps: Sequence[Mapping[str, Any]], # of a description
 ) -> None:
@@ -114,6 +115,7 @@ def check_path(
         return ['.'.join(names[:n]) for n in range(1, len(names))]
     raise WrongValue(f'a layer or tensor cannot be called {shortened(path)}')
 
+# %% ../../nbs/08_modules/04_module.ipynb #33a1a91e
 def check_size(
     description: Mapping[str, Any], # of a module
 ) -> None:
@@ -125,6 +127,18 @@ def check_size(
         if path not in used: raise WrongValue(f'no step uses {shortened(path)}')
     holders = {holder for path in used for holder in check_path(path)}
     if len(holders) > MOST_STEPS: raise WrongValue(f'its layers lie in {len(holders):,} others')
+
+# %% ../../nbs/08_modules/04_module.ipynb #326879f5
+def _put(root: nn.Module, path: str, item: nn.Module | nn.Parameter | Tensor) -> None:
+    "Put a layer, parameter or buffer at a dotted path, with containers on the way."
+    *parents, last = path.split('.')
+    for parent in parents: root = root._modules.setdefault(parent, nn.Module())
+    own = None if isinstance(item, nn.Module) else getattr(root, last, None)    # of a layer
+    if isinstance(own, Tensor) and own.shape != item.shape:
+        raise WrongValue(f'{path} is {tuple(own.shape)} in its layer, not {tuple(item.shape)}')
+    if isinstance(item, nn.Module): root._modules[last] = item      # also one called `classes`
+    elif isinstance(item, nn.Parameter): root.register_parameter(last, item)
+    else: root.register_buffer(last, item)
 
 # %% ../../nbs/08_modules/04_module.ipynb #50cb7008
 class SlimModule(Signed):
@@ -159,17 +173,6 @@ class SlimModule(Signed):
         if other is None or list(other.classes) == self.classes: return
         raise WrongValue(f"these weights are of a module of {list(other.classes)}, and this one is of "
                          f"{self.classes}; take a module of the same classes in the same order")
-
-def _put(root: nn.Module, path: str, item: nn.Module | nn.Parameter | Tensor) -> None:
-    "Put a layer, parameter or buffer at a dotted path, with containers on the way."
-    *parents, last = path.split('.')
-    for parent in parents: root = root._modules.setdefault(parent, nn.Module())
-    own = None if isinstance(item, nn.Module) else getattr(root, last, None)    # of a layer
-    if isinstance(own, Tensor) and own.shape != item.shape:
-        raise WrongValue(f'{path} is {tuple(own.shape)} in its layer, not {tuple(item.shape)}')
-    if isinstance(item, nn.Module): root._modules[last] = item      # also one called `classes`
-    elif isinstance(item, nn.Parameter): root.register_parameter(last, item)
-    else: root.register_buffer(last, item)
 
 # %% ../../nbs/08_modules/04_module.ipynb #2056e5d1
 @patch(as_prop=True)
@@ -305,7 +308,7 @@ def as_module(
     return module.to(device_of(model)).eval()
 
 # %% ../../nbs/08_modules/04_module.ipynb #6c09fb2e
-FIGURES = 'accuracy', 'flops', 'weights'        # of a card: belong to the weights
+FIGURES = 'accuracy', 'rejection', 'flops', 'weights'       # of a card: belong to the weights
 
 def note_(
     module: SlimModule, # its card is changed
@@ -317,6 +320,7 @@ def note_(
     module.description['card'] = card
     return module
 
+# %% ../../nbs/08_modules/04_module.ipynb #37b6a6bb
 def weights_mark(
     module: SlimModule, # any
 ) -> str: # 16 hexadecimal digits
@@ -326,12 +330,13 @@ def weights_mark(
 
 def note_figures_(
     module: SlimModule, # its card is changed
-    **figures: Any, # `accuracy`: split -> fraction; `flops`
+    **figures: Any, # `accuracy` and `rejection`: split -> fraction; `flops`
 ) -> SlimModule: # the same
     "Write figures on a module's card, and which weights they are of."
     card = current_card(module)
-    accuracy = card.get('accuracy', {}) | figures.pop('accuracy', {})
-    figures['accuracy'] = accuracy or None
+    for name in ('accuracy', 'rejection'):
+        known = card.get(name, {}) | figures.get(name, {})
+        figures[name] = known or None
     figures['params'] = sum(p.numel() for p in module.parameters())
     figures['weights'] = weights_mark(module)
     return note_(module, **dict.fromkeys(FIGURES) | card | figures)
@@ -378,6 +383,7 @@ def _kind(thing: Any) -> str:
     "The class of a network; of what is none, the value."
     return type(thing).__name__ if isinstance(thing, nn.Module) else shown(thing)
 
+# %% ../../nbs/08_modules/04_module.ipynb #f7bccd7a
 def save_module(
     module: SlimModule, # from `extract` or `compose`
     path: str | Path, # ends in `.safetensors`
@@ -532,31 +538,7 @@ def run_step(self: Trial,
     if self.items > MOST_ITEMS: raise WrongValue('its results are too many')
     return found
 
-# %% ../../nbs/08_modules/04_module.ipynb #326dfee2
-@torch.no_grad()
-def check_runs(
-    module: SlimModule, # on the `meta` device
-) -> None:
-    "Raises unless the steps turn images into one number for each class."
-    check_facts(module.description)
-    check_origin(module)
-    check_pieces(module.description)
-    classes = module.classes
-    trial = Trial(module)
-    with CheckedIndices(), trial, torch.device('meta'):
-        images = torch.empty(2, *module.input_shape)
-        before = changes(module, images)
-        shape = tuple(run_steps(module.eval(), images, trial.run_step).shape)
-    if shape != (2, len(classes)):
-        raise WrongValue(f"it answers {shape} for 2 images, but has {len(classes)} classes")
-    if changes(module, images) != before:
-        raise WrongValue(f'{WRITES}; a module only reads them')
-
-def changes(module: nn.Module, images: Tensor) -> list[tuple]:
-    "How often images and weights have been written to, and what shape they have."
-    tensors = [images, *module.parameters(), *module.buffers()]
-    return [(t._version, t.shape, t.requires_grad) for t in tensors]
-
+# %% ../../nbs/08_modules/04_module.ipynb #23a1e660
 KEYS = {'classes', 'input_shape', 'layers', 'tensors', 'steps', 'pixels', 'full', 'card', 'origin', 'reject',
         'parts'}
 
@@ -634,6 +616,7 @@ def check_pieces(
         if isinstance(piece, dict) and {'classes', 'input_shape', 'used'} <= piece.keys() <= names: continue
         raise WrongValue(f'one of its parts is {shortened(piece)}')
 
+# %% ../../nbs/08_modules/04_module.ipynb #27ea6588
 def without_origin(
     description: Mapping[str, Any], # of a module
 ) -> dict[str, Any]: # of one whose weights are no longer its model's
@@ -647,6 +630,31 @@ def retrained(
 ) -> dict[str, Any]: # of the same module after a training of its own
     "A description that has forgotten what only holds for weights as they were cut."
     return {k: v for k, v in description.items() if k not in ('origin', 'reject', 'parts')}
+
+# %% ../../nbs/08_modules/04_module.ipynb #326dfee2
+@torch.no_grad()
+def check_runs(
+    module: SlimModule, # on the `meta` device
+) -> None:
+    "Raises unless the steps turn images into one number for each class."
+    check_facts(module.description)
+    check_origin(module)
+    check_pieces(module.description)
+    classes = module.classes
+    trial = Trial(module)
+    with CheckedIndices(), trial, torch.device('meta'):
+        images = torch.empty(2, *module.input_shape)
+        before = changes(module, images)
+        shape = tuple(run_steps(module.eval(), images, trial.run_step).shape)
+    if shape != (2, len(classes)):
+        raise WrongValue(f"it answers {shape} for 2 images, but has {len(classes)} classes")
+    if changes(module, images) != before:
+        raise WrongValue(f'{WRITES}; a module only reads them')
+
+def changes(module: nn.Module, images: Tensor) -> list[tuple]:
+    "How often images and weights have been written to, and what shape they have."
+    tensors = [images, *module.parameters(), *module.buffers()]
+    return [(t._version, t.shape, t.requires_grad) for t in tensors]
 
 # %% ../../nbs/08_modules/04_module.ipynb #f85ce586
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -22,13 +22,14 @@ from ..core.errors import (MwtError, TrainingLost, TrainingStopped, WriteFailed,
 from ..core.processes import processes, rank_and_size
 from ..data.batches import ImageData
 from ..data.sources import image_data
-from ..measure import evaluate, profile
+from ..measure import profile
 from ..modules.compose import fine_tune
 from ..modules.export import export
 from ..modules.library import answers_table, compose_files, facts_table, library, predict
-from ..modules.module import SlimModule, load_module, note_, note_figures_, save_module
+from ..modules.module import SlimModule, load_module, note_, save_module
 from .demo import demo
 from .report import Run
+from .steps import note_measured_, own_figures
 
 # %% auto #0
 __all__ = []
@@ -192,10 +193,11 @@ def cmd_extract(
     classes: Sequence[str] = (), # of a module, joined by commas: cat,dog; left out: each class
     fuse: bool = False, # fold norms into the convolutions before them: faster
     round_to: int = 1, # round kernel numbers up to a multiple of it, at least 1
+    data: str | None = None, # folder of the images, if it has moved since training
     device: str | None = None, # 'cpu' or 'cuda'; left out: CUDA where there is one
 ) -> None:
-    "cut out modules"
-    run = Run.open(out)
+    "cut out modules, and measure them on validation images"
+    run = Run.open(out, data)
     names = run.parts().classes
     groups = [_group(words, names) for words in classes]
     device = resolve_device(device)
@@ -263,11 +265,20 @@ def cmd_predict(
     print(as_json(answers, indent=1) if json else answers_table(answers))
 
 def cmd_compose(
-    modules: Sequence[str], # files, of different classes
+    modules: Sequence[str], # files
     out: str, # file of the new module
+    data: str | None = None, # images of all classes: bring modules of several models to one scale
+    root: str = 'data', # downloads and decoded images are kept here
 ) -> None:
-    "set modules side by side in one"
-    _save(compose_files(modules), out)
+    "make one module of several"
+    check_writable(out)
+    images = None
+    if data is not None:
+        largest = max(map(load_module, modules), key=lambda m: m.input_shape[1:])
+        images = _images(largest, data, root, 'cpu')
+    made = compose_files(modules, images)
+    if images is not None: note_measured_(made, 'test', own_figures(made, images.test))
+    _save(made, out)
 
 def _save(module: SlimModule, out: str) -> None:
     "Keep a module and say so."
@@ -304,9 +315,9 @@ def cmd_fine_tune(
     images = _images(net, data, root, device, seed)
     tuned = fine_tune(net, images, epochs, lr=lr, seed=seed)
     changes = net.card.get('changes', []) + [f'fine-tuned for {epochs} epochs on {Path(data).name}']
-    splits = dict(valid=images.valid, test=images.test)
-    accuracy = {name: evaluate(tuned, split) for name, split in splits.items() if split is not None}
-    note_figures_(note_(tuned, changes=changes), accuracy=accuracy)
+    note_(tuned, changes=changes)
+    for name, split in dict(valid=images.valid, test=images.test).items():
+        if split is not None: note_measured_(tuned, name, own_figures(tuned, split))
     _save(tuned, out)
 
 def _images(module: SlimModule, source: str, root: str, device: Any, seed: int = 0) -> ImageData:

@@ -15,7 +15,7 @@ from ..methods.modular import plain
 from ..train.fit import fit
 from ..train.history import TrainConfig
 from ..modules.module import SlimModule
-from .report import Run, measure, modularity
+from .report import Run, keep_tested_, measure, modularity
 
 # %% auto #0
 __all__ = []
@@ -53,16 +53,17 @@ def _mean_row(
     return rows[0] | mean | counts | dict(network='one class (mean of ten)')
 
 # %% ../../nbs/09_runs/04_demo.ipynb #9af861f4
-def _figures(
+def _figures_(
     run: Run, # trained and decomposed
-    modules: list[SlimModule], # cut out of it
+    modules: list[SlimModule], # cut out of it; their cards are changed
     data: ImageData, # its images
 ) -> dict[str, Any]: # as `metrics.json` keeps it
-    "Measure the plain network, the modular one and all modules."
+    "Measure the plain network, the modular one and all modules, whose cards say it from then on."
     model = run.model(data.device)
     networks = {'plain, all ten': train_plain(run, data), 'modular, all ten': model}
     networks |= {_label(m.classes): m for m in modules}
     rows = measure(networks, data, model)
+    for module, row in zip(modules, rows[2:]): keep_tested_(module, run.module_path(module.classes), row)
     singles = [row for row in rows if len(row['classes']) == 1]
     several = [row for row in rows[2:] if len(row['classes']) > 1]
     shown = [*rows[:2], _mean_row(singles), *several]
@@ -83,7 +84,7 @@ def demo(
         run.train(device, show_progress=False)
         parts = run.decompose(device=device)
         modules = run.extract(*[[c] for c in parts.classes], *SETS, device=device)
-        metrics = _figures(run, modules, run.data(device))
+        metrics = _figures_(run, modules, run.data(device))
         seconds = round(time.perf_counter() - start, 1)
         run.save_metrics(metrics | dict(about=run.about() | dict(seconds=seconds)))
         run.report()

@@ -8,7 +8,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -22,13 +22,13 @@ from ..core.files import as_path, atomic_write
 from ..core.display import Table, percent, progress
 from ..data.batches import ImageData
 from ..methods.modular import ModularModel, plain
-from ..measure import Profile, evaluate, profiles
+from ..measure import Profile, evaluate, profiles, rejection
 from ..train.history import History, plot_history
 from ..modules.modularity import jaccard_coupling, kernel_retention
-from ..modules.module import SlimModule, load_module, note_figures_, save_module
+from ..modules.module import SlimModule, load_module, save_module
 from ..modules.parts import Parts, plot_coupling, plot_masks
 from .run import environment
-from .steps import Run
+from .steps import Run, note_measured_, rejects
 
 # %% auto #0
 __all__ = []
@@ -59,6 +59,7 @@ def measure(
         accuracies = dict(accuracy=evaluate(net, data.test),
                           full_accuracy=evaluate(full, data.test, classes))
         rows.append(_measured(name, net, cost, base) | dict(classes=classes) | accuracies)
+        if rejects(net, data.test): rows[-1]['rejection'] = rejection(net, data.test)
     return rows
 
 # %% ../../nbs/09_runs/03_report.ipynb #a9f9d037
@@ -71,16 +72,21 @@ def modularity(
                 coupling=float(jaccard_coupling(parts.kept).mean()))
 
 # %% ../../nbs/09_runs/03_report.ipynb #b68dda56
-def _metrics_row(row: dict[str, Any]) -> dict[str, str]:
-    "A row of `measure` as people read it."
+def _metrics_row(
+    row: dict[str, Any], # of `measure`
+    rejecting: bool, # is there a row with `rejection`?
+) -> dict[str, str]:
+    "A row as people read it."
     found = {'network': row['network'], 'parameters': f"{row['params']:,}",
              'of plain': percent(row['params_ratio']),
              'FLOPs of plain': percent(row['flops_ratio']),
              'latency of plain': percent(row['latency_ratio'], 0)}
     several = len(row['classes']) > 1       # a single class leaves nothing to choose from
     accuracies = {'accuracy': 'accuracy', 'full model': 'full_accuracy'}
-    if not several: return found | dict.fromkeys(accuracies, '-')
-    return found | {name: percent(row[key]) for name, key in accuracies.items()}
+    for name, key in accuracies.items():
+        found[name] = percent(row[key]) if several else '-'
+    if rejecting: found['rejection'] = f"{row['rejection']:.3f}" if 'rejection' in row else '-'
+    return found
 
 def metrics_table(
     metrics: dict[str, Any], # `modularity`, and `networks`: rows of `measure`
@@ -89,7 +95,9 @@ def metrics_table(
     m = metrics['modularity']
     title = (f"Kernel retention rate {percent(m['krr'])}, cohesion {m['cohesion']:.3f}, "
              f"coupling {m['coupling']:.3f}")
-    return Table([_metrics_row(row) for row in metrics['networks']], title)
+    rejecting = any('rejection' in row for row in metrics['networks'])
+    if rejecting: title += '; rejection: AUROC of own classes against others'
+    return Table([_metrics_row(row, rejecting) for row in metrics['networks']], title)
 
 # %% ../../nbs/09_runs/03_report.ipynb #aa8b5bbc
 FULL = 'full model'         # its name in the table
@@ -105,6 +113,23 @@ def _module_files(
     paths = [as_path(p, 'modules') for p in paths] or own
     stems = [p.stem for p in paths] + [FULL]
     return {p.stem if stems.count(p.stem) == 1 else str(p): p for p in paths}
+
+# %% ../../nbs/09_runs/03_report.ipynb #e58dc598
+def tested(
+    row: Mapping[str, Any], # of `measure`, of a module
+) -> dict[str, float]: # `accuracy`, `rejection`: fractions; what says nothing is left out
+    "What test images say of a module."
+    found = {name: row[name] for name in ('accuracy', 'rejection') if name in row}
+    if len(row['classes']) == 1: del found['accuracy']
+    return found
+
+def keep_tested_(
+    module: SlimModule, # its card is changed
+    path: Path, # its file, written anew
+    row: Mapping[str, Any], # of `measure`
+) -> None:
+    "Write on the card of a module what test images say of it, and save it."
+    if module.card and tested(row): save_module(note_measured_(module, 'test', tested(row)), path)
 
 # %% ../../nbs/09_runs/03_report.ipynb #d0c9dc96
 def _evaluated(
@@ -125,16 +150,11 @@ def _evaluated(
     if run.path('parts').is_file(): found = modularity(run.parts())
     metrics = dict(modularity=found, networks=measure(networks, data, model))
     run.save_metrics(metrics)
-    accuracies = {row['network']: row['accuracy'] for row in metrics['networks']}
+    rows = {row['network']: row for row in metrics['networks']}
     own = run.folder/'modules'
     for name, path in files.items():
-        if path.parent == own: _note_accuracy(networks[name], path, accuracies[name])
+        if path.parent == own: keep_tested_(networks[name], path, rows[name])
     return metrics_table(metrics)
-
-def _note_accuracy(module: SlimModule, path: Path, accuracy: float) -> None:
-    "Write the accuracy on test images on the card of a module of the run, and save it."
-    if not module.card or len(module.classes) < 2: return      # of an older version; nothing to tell apart
-    save_module(note_figures_(module, accuracy=dict(test=accuracy)), path)
 
 # %% ../../nbs/09_runs/03_report.ipynb #92f313be
 @patch

@@ -413,6 +413,7 @@ def check_metrics(
     found = [metrics['modularity'][name] for name in ('krr', 'cohesion', 'coupling')]
     for row in metrics['networks']:
         found += [row[name] for name in FIGURES]
+        if 'rejection' in row: found.append(row['rejection'])
         check_words([row['network']], 'the names of networks')
         check_words(row['classes'], 'classes')
     if all(type(value) in (int, float) for value in found): return

@@ -4,20 +4,22 @@
 
 # %% ../../nbs/09_runs/02_steps.ipynb #6f534712
 from __future__ import annotations
+import warnings
 from collections.abc import Sequence
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.checks import check_flag, check_range, resolve_device
-from ..core.errors import InUse
+from ..core.errors import InUse, MwtError
 from ..core.processes import meet, rank_and_size
-from ..data.batches import ImageData
+from ..data.batches import Batches, ImageData
+from ..measure import evaluate, rejection
 from ..methods.modular import ModularModel, mask_table
 from ..train.fit import Fit, begin_fit
 from ..train.history import History, TrainConfig
 from ..modules.decompose import decompose
 from ..modules.extract import extract
-from ..modules.module import SlimModule, note_
+from ..modules.module import SlimModule, note_, note_figures_
 from ..modules.parts import Parts, target_rows
 from .run import Run, clear_run_, clear_scraps_, environment, run_folder
 
@@ -103,6 +105,48 @@ def decompose(self: Run,
         if rank == 0: self.save_parts(parts)
     return parts
 
+# %% ../../nbs/09_runs/02_steps.ipynb #e68d0e65
+def rejects(
+    module: nn.Module, # any network
+    batches: Batches, # images, perhaps of more classes than its own
+) -> bool:
+    "Has it learned to doubt images of other classes, and are there some?"
+    learned = isinstance(module, SlimModule) and module.description.get('reject', False)
+    return learned and set(module.classes) < set(batches.classes)
+
+def own_figures(
+    module: SlimModule, # just cut, or loaded
+    batches: Batches, # images that it has not learned, of its classes and perhaps of others
+) -> dict[str, float]: # `accuracy`, `rejection`: fractions; what says nothing is left out
+    "How good a module is."
+    found = {}
+    if len(module.classes) > 1: found['accuracy'] = evaluate(module, batches)
+    if rejects(module, batches): found['rejection'] = rejection(module, batches)
+    return found
+
+def note_measured_(
+    module: SlimModule, # its card is changed
+    split: str, # the images: 'valid' or 'test'
+    figures: dict[str, float], # of `own_figures`
+) -> SlimModule: # the same
+    "Write on the card what was measured."
+    return note_figures_(module, **{name: {split: value} for name, value in figures.items()})
+
+# %% ../../nbs/09_runs/02_steps.ipynb #bfe715a9
+def held_out(
+    run: Run, # trained
+    parts: Parts, # its decomposition
+    device: str | torch.device | None, # `None` picks CUDA where there is one
+) -> Batches | None: # `None` where they are not to be had
+    "The validation images of a run, to measure modules on."
+    try: found = run.data(device).valid
+    except (MwtError, OSError) as e: why = str(e)
+    else:
+        if list(found.classes) == list(parts.classes): return found
+        why = f'the images are of {list(found.classes)} now'
+    warnings.warn(f'the modules are cut, but their accuracy is not measured: {why}')
+    return None
+
 # %% ../../nbs/09_runs/02_steps.ipynb #f3dfb04b
 @patch
 def extract(self: Run,
@@ -119,9 +163,11 @@ def extract(self: Run,
     for group in groups: target_rows(parts, group)
     modules = []
     with self.owned('extracting', shared=True):
-        model = self.model(device)
+        model, valid = self.model(device), held_out(self, parts, device)
         for group in groups:
             module = extract(model, parts, group, fuse, round_to)
-            modules.append(note_(module, **self.facts()))
+            note_(module, **self.facts())
+            if valid is not None: note_measured_(module, 'valid', own_figures(module, valid))
+            modules.append(module)
             self.save_module(module)
     return modules
