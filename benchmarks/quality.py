@@ -66,7 +66,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         *(f'composable,target_params={share}' for share in (.02, .05, .15)),
         *(f'composable,target_latency={share}' for share in (.3, .5))]),
     'ablation': dict(networks=['simcnn:0.125'], epochs=5, methods=[
-        'plain', 'composable', 'composable,dense=0', 'composable,set_fraction=0.25', 'composable,set_fraction=1',
+        'plain', 'composable', 'composable,dense=0',
+        'composable,set_fraction=0.25', 'composable,set_fraction=1',
         'composable,distill=0', 'composable,distill=0.5', 'composable,distill=1',
         'composable,separation=0', 'composable,separation=3', 'composable,closed_by=0.2',
         'composable,target_by=0.5', 'composable,full_fraction=0', 'composable,target_krr=0.27']),

@@ -6,8 +6,8 @@ import pytest
 from run_notebook import differs, say_into
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-# Notebooks that take more than seven seconds, mostly to train networks: tutorials, and chapters whose functions
-# have tests of their own in the files named here.
+# Notebooks that take more than seven seconds, mostly to train networks: tutorials, and chapters whose
+# functions have tests of their own in the files named here.
 SLOW = {
     'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
     'tutorials/05_many_machines.ipynb',
