@@ -229,4 +229,9 @@ def test_a_class_of_a_weak_model_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='take a module with this class'):
         replace_class(made, strong, '2', data)
     with pytest.raises(ValueError, match='use compose'):
-        replace_class(weak, linear(['0']), '0', data.subset(['1', '2', '3']), classes=['1', '2', '3'])
+        replace_class(weak, linear(['0']), '0', data, classes=['1', '2', '3', '4'])
+    with pytest.raises(ValueError, match='answers for 4 classes, and 3 are named'):
+        replace_class(weak, strong, '3', data, classes=['1', '2', '3'])
+    weak[1].register_forward_hook(lambda layer, args, found: 2 * found)
+    with pytest.raises(ValueError, match='a forward hook changes'):
+        replace_class(weak, strong, '3', data, classes=data.classes)

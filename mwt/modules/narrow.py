@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.accepted import check_answer, check_can_be_cut, check_can_train
+from ..core.accepted import check_answer, check_can_be_cut, check_can_train, check_hooks
 from ..core.checks import check_choice, check_flag, check_range, nearest, seeded
 from ..core.display import progress
-from ..core.errors import MwtError, WrongValue
+from ..core.errors import MwtError, WrongType, WrongValue
 from ..core.nets import device_of, evaluating, input_dtype, logits_of, untouched
 from ..core.signature import Signature, signature_of
 from ..channels.costs import COUNTED
@@ -34,19 +34,27 @@ from .module import SlimModule
 __all__ = ['narrow']
 
 # %% ../../nbs/08_modules/12_narrow.ipynb #d892a2bf
+def outputs_for(
+    model: nn.Module, # a trained network
+    shape: Sequence[int], # of an image: channels, height, width
+) -> int: # how many outputs it has
+    "Raises `ValueError` for images that it does not take, and for an answer that is no row of numbers."
+    images = torch.zeros(2, *shape, dtype=input_dtype(model), device=device_of(model))
+    try:
+        with evaluating(model), untouched(model): answer = model(images)
+    except REFUSALS as e:
+        if isinstance(e, MwtError): raise
+        raise not_taken(model, images, e, 'give images as in its training') from e
+    check_answer(model, answer)
+    check_hooks(model, images)
+    return answer.shape[1]
+
 def output_names(
     model: nn.Module, # a trained network
     data: SplitData, # images of its classes, or of some of them
 ) -> list[str]: # of the network's outputs, in order
     "Raises `ValueError` for images that it does not take, and where nobody knows its classes."
-    images = torch.zeros(2, *data.shape, dtype=input_dtype(model), device=device_of(model))
-    try:
-        with evaluating(model), untouched(model): answer = logits_of(model(images))
-    except REFUSALS as e:
-        if isinstance(e, MwtError): raise
-        raise not_taken(model, images, e, 'give images as in its training') from e
-    check_answer(model, answer)
-    known, n = signature_of(model), answer.shape[1]
+    known, n = signature_of(model), outputs_for(model, data.shape)
     if known is not None: return list(known.classes)
     if len(data.classes) == n: return list(data.classes)
     raise WrongValue(f'the network answers for {n} classes, the data has {len(data.classes)}, and the '

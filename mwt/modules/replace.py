@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.accepted import check_is_network
+from ..core.accepted import check_can_be_cut
 from ..core.checks import check_choice
 from ..core.errors import WrongValue
 from ..core.nets import input_dtype
@@ -22,6 +22,7 @@ from ..methods.modular import ModularModel, plain
 from .module import SlimModule, as_module, check_extracted, retrained
 from .compose import (
     Piece, _check_composable, _standing, assembled, class_samples, least, outputs)
+from .narrow import outputs_for
 
 # %% auto #0
 __all__ = ['replace_class']
@@ -34,7 +35,6 @@ def as_weak(
     pixels: bool, # shall it take pixels?
 ) -> SlimModule: # computes the same
     "A weak model as a module. Raises `ValueError` where its classes are not known."
-    check_is_network(weak)
     if isinstance(weak, SlimModule): return weak
     known = signature_of(weak)
     if classes is None and known is None:
@@ -43,7 +43,9 @@ def as_weak(
     names = class_names(known.classes if classes is None else classes)
     if known is None or known.mean is None: known = data.signature
     if not pixels: known = replace(known, mean=None, std=None)
-    return as_module(plain(weak), names, known.shape or data.shape, signature=known)
+    net, shape = plain(weak), known.shape or data.shape
+    if (n := outputs_for(net, shape)) == len(names): return as_module(net, names, shape, signature=known)
+    raise WrongValue(f'the weak model answers for {n} classes, and {len(names)} are named: {names}')
 
 # %% ../../nbs/08_modules/13_replace.ipynb #27f8bd5e
 def fit_patch(
@@ -96,6 +98,7 @@ def replace_class(
     classes: Sequence[str] | None = None, # of the weak model, where it does not say them itself
 ) -> SlimModule: # answers for the classes of the weak model
     "Let a module help to decide about a class. Raises `ValueError` for an unknown class or unfit images."
+    check_can_be_cut(weak)
     check_extracted(module)
     if isinstance(calibration, SplitData): calibration = calibration.valid
     batches = found_batches(weak, calibration)
@@ -106,8 +109,5 @@ def replace_class(
     raw = assembled([Piece(weak, weak.classes), Piece(module, module.classes)])
     images, labels = class_samples(batches, raw, weak.classes, IMAGES)
     logits, n = outputs(raw, images), len(weak.classes)
-    if logits.shape[1] != n + len(module.classes):
-        raise WrongValue(f'the weak model answers for {logits.shape[1] - len(module.classes)} classes, and '
-                         f'{n} are named: {weak.classes}')
     weight, bias = fit_patch(logits[:, :n], logits[:, n:], labels, weak.classes.index(name))
     return patched(raw, weight, bias, weak.classes)
