@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..core.accepted import check_answer, check_can_be_cut, check_can_train, check_hooks
 from ..core.checks import check_choice, check_flag, check_range, nearest, seeded
 from ..core.display import progress
-from ..core.errors import MwtError, WrongType, WrongValue
-from ..core.nets import device_of, evaluating, input_dtype, logits_of, untouched
+from ..core.errors import MwtError, WrongValue
+from ..core.nets import device_of, evaluating, input_dtype, untouched
 from ..core.signature import Signature, signature_of
 from ..channels.costs import COUNTED
 from ..channels.trace import REFUSALS

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ..core.accepted import check_can_be_cut
 from ..core.checks import check_choice
 from ..core.errors import WrongValue
-from ..core.nets import input_dtype
-from ..core.signature import Signature, signature_of, weights_of
+from ..core.signature import signature_of, weights_of
 from ..data.batches import SplitData, class_names
 from ..channels.description import describe_layer
 from ..measure import found_batches
-from ..methods.modular import ModularModel, plain
+from ..methods.modular import plain
 from .module import SlimModule, as_module, check_extracted, retrained
 from .compose import (
     Piece, _check_composable, _standing, assembled, class_samples, least, outputs)
