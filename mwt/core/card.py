@@ -16,9 +16,9 @@ from .files import as_json, shortened
 __all__ = []
 
 # %% ../../nbs/01_core/11_card.ipynb #96b4ba95
-KINDS: dict[str, type] = dict(      # what may be on a card
-    data=dict, model=dict, method=dict, training=dict, accuracy=dict, rejection=dict, params=int,
-    flops=int, weights=str, versions=dict, changes=list, composed_of=list)
+KINDS: dict[str, type] = dict(      # what may be on a card, in the order in which it is shown
+    accuracy=dict, rejection=dict, params=int, flops=int, data=dict, model=dict, method=dict,
+    training=dict, changes=list, composed_of=list, versions=dict, weights=str)
 LONGEST = 64 << 10                  # characters, as JSON
 
 def check_card(
@@ -45,11 +45,14 @@ def facts_of(
 ) -> list[dict[str, str]]: # a row a fact, for `Table`
     "What a card says, fact by fact."
     found = {}
-    for key, value in card.items():
-        if key in INTERNAL: continue
+    for key in KINDS:
+        if key not in card or key in INTERNAL: continue
+        value = card[key]
         if key == 'composed_of': value = [spoken(other) for other in value]
-        if isinstance(value, dict): found |= {f'{key}: {k}': figure_text(key, v) for k, v in value.items()}
-        else: found[key] = figure_text(key, value)
+        items = value if isinstance(value, dict) else {}
+        for name, v in items.items():
+            if v is not None: found[f'{key}: {name}'] = figure_text(key, v)
+        if not isinstance(value, dict): found[key] = figure_text(key, value)
     return [dict(fact=fact, value=value) for fact, value in found.items()]
 
 def figure_text(
@@ -69,7 +72,9 @@ def spoken(
     "Where a module comes from, in a few words."
     words = [card.get('data', {}).get('name'), card.get('model', {}).get('name'),
              card.get('method', {}).get('method')]
-    words += [' + '.join(spoken(other) for other in card['composed_of'])] if 'composed_of' in card else []
+    if 'composed_of' in card:       # each origin once
+        origins = dict.fromkeys(spoken(other) for other in card['composed_of'])
+        return ' + '.join(filter(None, origins))
     return ', '.join(str(word) for word in words if word)
 
 # %% ../../nbs/01_core/11_card.ipynb #a9b19c7f
