@@ -209,6 +209,7 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if 'latency' not in k} for row in found]
 
 
+@pytest.mark.slow
 def test_steps_can_be_repeated(run: tuple, capsys: pytest.CaptureFixture) -> None:
     "Again, in this process and from another folder: the same parts, modules and figures."
     out, said = run
@@ -313,10 +314,8 @@ ODD = ['cat, domestic', ' fox', 'x_^2$%$', '<b>&|']
 LONG = [f'{letter}{"-very" * 12} long name' for letter in 'abcde']
 
 
-ANY_KIND = [pytest.param(ODD, id='odd'), pytest.param(LONG, id='long', marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize('names', ANY_KIND)
+@pytest.mark.slow           # two whole runs
+@pytest.mark.parametrize('names', [ODD, LONG], ids=['odd', 'long'])
 def test_class_names_of_any_kind(names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     "Folders may be called anything: a module for each class, one for all, and a report."
     for label, name in enumerate(names):

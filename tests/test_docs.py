@@ -272,12 +272,12 @@ WIDTHS = 1440, 1100, 390        # of a window: a desk, a small desk, a phone
 
 
 @pytest.mark.parametrize('all_widths', [False, pytest.param(True, marks=pytest.mark.slow)],
-                         ids=['each in one window', 'each in all'])
+                         ids=['a third of them', 'each in each window'])
 def test_every_page_looks_right(all_widths: bool, pages: dict[str, Page], address: str, browser) -> None:
     wrong = {}
     for place, width in enumerate(WIDTHS):
         resize(browser, width)
-        for page in list(pages) if all_widths else list(pages)[place::len(WIDTHS)]:
+        for page in list(pages) if all_widths else list(pages)[3 * place::9]:
             browser.get(f'{address}/{page}')
             found = browser.execute_async_script(LOOK, width) + complaints(browser, address)
             if found: wrong[f'{page} at {width}'] = found

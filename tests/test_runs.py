@@ -141,6 +141,7 @@ def test_real_limits_of_the_disk(tmp_path: Path, refused: Callable) -> None:
     assert 'ulimit -f' in said and not [p for p in (tmp_path / 'run').glob('*') if p.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/dev/full').is_char_device(), reason='needs /dev/full')
 def test_output_that_does_not_arrive(run: Path) -> None:
     with open('/dev/full', 'w') as full:
