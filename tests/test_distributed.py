@@ -322,7 +322,6 @@ def check_stopped(said: str, lost: int, resume: Path) -> None:
 EPOCHS = 6
 
 @needs_proc
-@pytest.mark.slow
 def test_loss_of_the_first_process_ends_the_run(tmp_path: Path) -> None:
     resume = tmp_path/'run'/'resume.safetensors'
     said = kill_in_training(0, [*WORDS, '--epochs', EPOCHS, '--out', tmp_path/'run'], resume)
