@@ -93,7 +93,7 @@ def test_compose(tmp_path):
     results = tmp_path/'compose.jsonl'
     run = ['run', '--data', 'digits', '--root', tmp_path, '--preset', 'quick', '--networks', 'simcnn:0.05',
            'rescnn:0.05', '--seeds', '0', '--device', 'cpu', '--results', results]
-    said = call_all('compose', run, run, ['table', '--results', results])     # the second time nothing is left
+    said = call_all('compose', run, run, ['table', '--results', results])   # the second time nothing is left
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(r['models'], r['modules']) for r in rows] == [
         (models, kind) for models in ('all,reject', 'own') for kind in ('twos', 'ones')]
