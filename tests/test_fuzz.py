@@ -513,15 +513,16 @@ def _(found: Any, module: Any, name: str) -> None:
     assert close(answer(found, X.sigmoid()), answer(module, X.sigmoid())[:, rest])
 
 @call('replace_class', examples=40, needed='weak module name calibration', changes='calibration', loose=True,
-      words='class|network|module|images|data|loader|split|weights', weak='net() | model() | module(*NAMES)',
+      words='class|network|module|images|data|loader|split|weight', weak='net() | model() | module(*NAMES)',
       module="module() | module('cat', fuse=True)", name="'cat' | np.str_('cat')",
       calibration='data() | data().train | loader()', classes='None | NAMES | tuple(NAMES)',
       odd=dict(weak=NETS, module=NETS, name="'owl' | 'Cat' | 0 | ['cat']", calibration=BAD_SAMPLES,
                classes=BAD_CLASSES))
 def _(found: Any, weak: nn.Module, **rest: Any) -> None:
-    assert found.classes == NAMES and not found.training
+    names = getattr(weak, 'classes', NAMES)
+    assert found.classes == names and not found.training
     logits = answer(found, X.sigmoid())
-    assert logits.shape == (4, 3) and logits.isfinite().all()
+    assert logits.shape == (4, len(names)) and logits.isfinite().all()
 
 @call('mend', examples=40, needed='module model images', changes='images', loose=True,
       words='module|model|images|network|class|loader|data|split',
