@@ -849,7 +849,7 @@ def examine(call: Call, scope: dict[str, Any], examples: int) -> None:
 
 @pytest.mark.parametrize('name', CALLS)
 def test_right_or_refused(name: str, scope: dict[str, Any]) -> None:
-    examine(CALLS[name], scope, -(-CALLS[name].examples // 2))
+    examine(CALLS[name], scope, -(-CALLS[name].examples // 3))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', CALLS)
