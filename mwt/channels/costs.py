@@ -129,7 +129,7 @@ def layer_seconds(
         long, short = [times[f'{name} {part}']['seconds'] for part in ('whole', 'half')]
         share = 1 / 2 if getattr(whole[name], 'groups', 1) > 1 else 1 / 4
         found[name] = min(long, max(0., (long - short) / (1 - share)))
-    return found, times['']['seconds']
+    return found, max(times['']['seconds'], sum(found.values()))    # noise may make the parts longer
 
 def _note(inputs: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     if args: inputs.setdefault(name, args[0].detach())
