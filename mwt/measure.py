@@ -19,7 +19,7 @@ from .core.display import Table, percent
 from .core.errors import MwtError, TrainingLost, WrongValue
 from .core.processes import global_sum
 from .core.nets import device_of, evaluating, input_dtype, untouched
-from .core.signature import Signature, signature_of
+from .core.signature import signature_of
 from .core.timing import time_in_turns
 from .data.batches import Batches, class_names
 from .data.loaders import LoaderBatches, as_batches, check_shape, taken_by
@@ -91,6 +91,17 @@ def _accepts(model: nn.Module, batches: Batches | LoaderBatches) -> bool:
     except (RuntimeError, ValueError, AssertionError, IndexError): return False
     return True
 
+def images_for(
+    model: nn.Module, # any network
+    batches: Batches | LoaderBatches | Iterable, # a split or a `DataLoader`
+) -> tuple[Batches | LoaderBatches, list[str]]: # the images, and the classes that the network knows
+    "What a network is judged on. Raises `ValueError` where either cannot be used."
+    check_is_network(model)
+    check_weights(model)
+    batches = found_batches(model, batches)
+    check_channels(model, batches)
+    return batches, known_classes(model, batches)
+
 # %% ../nbs/06_measure/01_measure.ipynb #7afdcbdc
 def not_taken(
     model: nn.Module, # a network
@@ -127,11 +138,7 @@ def confusion(
     classes: Sequence[str] | None = None, # judge these classes only; `None` takes all that it knows
 ) -> Tensor: # (classes, classes) counts on the CPU: rows are true, columns answered
     "Which class was taken for which. Raises `ValueError` for an unknown class."
-    check_is_network(model)
-    check_weights(model)
-    batches = found_batches(model, batches)
-    check_channels(model, batches)
-    known = known_classes(model, batches)
+    batches, known = images_for(model, batches)
     chosen = known if classes is None else [str(c) for c in _names(classes)]
     check_names(known, chosen, batches)
     check_shape(signature_of(model), batches)
@@ -184,11 +191,7 @@ def rejection(
     batches: Batches | LoaderBatches | Iterable, # images of its classes and of others
 ) -> float: # AUROC in [0, 1]
     "How well certainty tells own images from others. Raises `ValueError` for data without both."
-    check_is_network(module)
-    check_weights(module)
-    batches = found_batches(module, batches)
-    check_channels(module, batches)
-    known = known_classes(module, batches)
+    batches, known = images_for(module, batches)
     own = torch.tensor([c in known for c in batches.classes], device=batches.device)
     check_shape(signature_of(module), batches)
     batches = taken_by(batches.plain().shard(0, 1), module)
