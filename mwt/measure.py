@@ -19,7 +19,7 @@ from .core.display import Table, percent
 from .core.errors import MwtError, TrainingLost, WrongValue
 from .core.processes import global_sum
 from .core.nets import device_of, evaluating, input_dtype, untouched
-from .core.signature import signature_of
+from .core.signature import Signature, signature_of
 from .core.timing import time_in_turns
 from .data.batches import Batches, class_names
 from .data.loaders import LoaderBatches, as_batches, check_shape, taken_by
