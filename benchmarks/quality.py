@@ -52,7 +52,7 @@ NETWORKS = ['simcnn:0.375', 'resnet18:0.25']
 BOTH = ['plain', 'composable']
 PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(networks=NETWORKS, methods=[*BOTH, 'plain,epochs=15'], epochs=10),    # as long as composable
-    'quick': dict(networks=['simcnn:0.1'], methods=BOTH, epochs=1, batch=128, fives=2),
+    'quick': dict(networks=['simcnn:0.1'], methods=BOTH, epochs=1, batch=128, pairs=5, fives=2),
     'mwt': dict(networks=NETWORKS, methods=['mwt'], epochs=10),
     'kernels': dict(networks=NETWORKS, epochs=10,
                     methods=['composable,dense=0', 'composable,target_krr=0.27']),
@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         'plain', *(f'composable,trained=10,epochs={n},lr=0.02' for n in (1, 2, 3)), 'composable']),
     'gpu': dict(networks=['resnet18:1', 'vgg16_bn:1', 'mobilenet:1'],
                 methods=['plain', 'composable', 'mwt'], epochs=200, batch=512)}
-USUAL: dict[str, Any] = dict(batch=64, fives=20, size=None)
+USUAL: dict[str, Any] = dict(batch=64, pairs=45, fives=20, size=None)
 
 
 def words_of(method: str) -> tuple[str, dict[str, Any]]:
@@ -186,7 +186,8 @@ def one_run(a: argparse.Namespace, network: str, method: str, seed: int, data: I
                        coupling=jaccard_coupling(parts.kept).mean().item(),
                        cohesion=parts.cohesion.mean().item())
         for size in sorted({size for size in SIZES if size < n} | {n}):
-            sets = class_sets(n, size, a.fives)
+            most = a.pairs if size <= 2 else a.fives
+            sets = class_sets(n, size, most)[:most]
             result |= {f'{k}_{size}': v for k, v in judge_sets(model, parts, data, sets, logits).items()}
         result |= latencies(model, parts, data, class_sets(n, 2, 45)[::9])
         for size in (s for s in (2, 5) if s < n): result |= aurocs(model, parts, data, class_sets(n, size, 5))
@@ -264,7 +265,7 @@ def options(r: argparse.ArgumentParser) -> None:
     r.add_argument('--methods', nargs='+',
                    help='plain, composable, mwt, or with settings, of the method or of the recipe: '
                         'composable,full_fraction=0.5')
-    for name in ('epochs', 'batch', 'fives', 'size'): r.add_argument(f'--{name}', type=int)
+    for name in ('epochs', 'batch', 'pairs', 'fives', 'size'): r.add_argument(f'--{name}', type=int)
     r.add_argument('--show-progress', action='store_true', help='progress bars')
 
 

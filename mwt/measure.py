@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from .core.accepted import (check_answer, check_is_module, check_is_network,
                                check_weights)
 from .core.checks import check_choice, check_range, is_out_of_memory, room_for
@@ -227,6 +226,7 @@ def count_flops(
 ) -> int: # floating point operations an image; a multiplication and an addition are two
     "The operations of one forward pass, counted by PyTorch."
     few = x[:2]         # some networks cannot do with one image (`x.squeeze()`)
+    from torch.utils.flop_counter import FlopCounterMode    # takes its time to import
     with evaluating(model), FlopCounterMode(display=False) as counter: model(few)
     return counter.get_total_flops() // len(few)
 

@@ -397,6 +397,12 @@ def test_answers_that_need_no_torch(words: str, status: int) -> None:
     assert done.returncode == status and done.stdout.endswith('False\n'), done.stdout + done.stderr
 
 
+def test_only_who_draws_waits_for_matplotlib() -> None:
+    script = "import sys; from mwt.all import *; print({'matplotlib', 'triton', 'torch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "{'torch'}\n", done.stdout + done.stderr
+
+
 def test_version() -> None:
     import mwt
     done = subprocess.run([sys.executable, '-m', 'mwt', '--version'], capture_output=True, text=True)

@@ -33,13 +33,13 @@ def difference(net, images, labels):
     return max(errors)
 
 torch.manual_seed(0)
-images, labels = torch.randn(16, 3, 32, 32), torch.randint(4, (16,))
+images, labels = torch.randn(8, 3, 32, 32), torch.randint(4, (8,))
 nets = {w: create_model('resnet18', 4, width=w, seed=0) for w in (.0625, .1, .125, .25)}
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for width, net in nets.items(): print('plain', width, difference(net, images, labels))
 
-pixels = (40 * labels[:, None, None, None] + torch.randint(60, (16, 3, 32, 32))).byte()
+pixels = (40 * labels[:, None, None, None] + torch.randint(60, (8, 3, 32, 32))).byte()
 split = pixels, labels
 data = from_tensors(split, split, split, batch_size=8, augment=None, device='cpu')
 model = modularize(nets[.1], 4, target_krr=.3)

@@ -6,7 +6,7 @@ import pytest
 from run_notebook import differs, say_into
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-# Notebooks that take more than seven seconds, mostly to train networks: tutorials, and chapters whose
+# Notebooks that take more than four seconds, mostly to train networks: tutorials, and chapters whose
 # functions have tests of their own in the files named here.
 SLOW = {
     'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
@@ -21,7 +21,8 @@ SLOW = {
     '09_runs/02_steps.ipynb', '09_runs/03_report.ipynb',            # test_cli
     '09_runs/04_demo.ipynb', '09_runs/05_commands.ipynb',           # test_cli
     '10_layers/04_retrain.ipynb', '10_layers/05_shorten.ipynb',     # test_layers
-    '12_baselines/04_grad_splitter.ipynb'}                          # test_baselines
+    '12_baselines/01_controls.ipynb', '12_baselines/02_ocap.ipynb', # test_baselines
+    '12_baselines/04_grad_splitter.ipynb', '12_baselines/05_recompose.ipynb'}   # test_baselines
 
 
 def is_notebook(path: Path) -> bool: return not any(part[0] in '._' for part in path.relative_to(NBS).parts)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from ..core.nets import copy_of, evaluating, untouched
 from ..core.timing import time_in_turns
 from .mapping import ChannelMap
@@ -26,6 +25,7 @@ def layer_flops(
     "The operations of each layer, as PyTorch counts them; a multiplication and an addition are two."
     with evaluating(net), untouched(net), torch.no_grad():
         images = torch.cat([example[:1]] * 2)           # some networks cannot do with one
+        from torch.utils.flop_counter import FlopCounterMode    # takes its time to import
         with FlopCounterMode(display=False) as counter: net(images)
     root = type(net).__name__
     found = {name.removeprefix(f'{root}.'): sum(ops.values()) // 2

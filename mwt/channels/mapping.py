@@ -5,13 +5,15 @@
 # %% ../../nbs/04_channels/04_mapping.ipynb #61b0c148
 from __future__ import annotations
 from dataclasses import dataclass, replace
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 from ..core.accepted import agree, check_answer
+from ..core.display import new_axes
 from ..core.errors import WrongValue
 from ..core.nets import evaluating, untouched
 from .rules import ChannelLayer, ChannelTracker
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = []
@@ -116,11 +118,11 @@ def map_channels(
 # %% ../../nbs/04_channels/04_mapping.ipynb #11f50ea5
 def plot_channels(
     channels: ChannelMap, # of a small network
-    ax: plt.Axes | None = None, # where to draw
-) -> plt.Axes:
+    ax: Axes | None = None, # where to draw
+) -> Axes:
     "Layers as columns, kernels as dots; the same letter means coupled channels, squares stay."
-    size = 1 + len(channels.infos), 1 + max(channels.kernels.values()) / 3      # inches
-    if ax is None: _, ax = plt.subplots(figsize=size)
+    height = 1 + max(channels.kernels.values()) / 3     # inches
+    if ax is None: ax = new_axes(1 + len(channels.infos), height, layout=None)
     names: dict[int, str] = {}          # root -> its letter
     for x, info in enumerate(channels.infos):
         for y, number in enumerate(channels.layers[info.name].writes.tolist()):
@@ -136,8 +138,9 @@ def _letters(n: int) -> str:
     "The name of the n-th group: a ... z, aa, ab, ..."
     return (_letters(n // 26 - 1) if n >= 26 else '') + chr(ord('a') + n % 26)
 
-def _dot(ax: plt.Axes, x: int, y: int, name: str, n: int, stays: bool) -> None:
+def _dot(ax: Axes, x: int, y: int, name: str, n: int, stays: bool) -> None:
     "One kernel."
-    colour = 'lightgrey' if stays else plt.colormaps['Set3'](n % 8)
+    from matplotlib import colormaps
+    colour = 'lightgrey' if stays else colormaps['Set3'](n % 8)
     ax.scatter(x, y, s=230, marker='s' if stays else 'o', color=colour, edgecolors='grey')
     ax.text(x, y, name, ha='center', va='center', fontsize=8, parse_math=False)

@@ -9,11 +9,12 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 from .checks import (
     LARGEST, NUMBERS, WHOLE, check_flag, check_kind, check_range, shown)
 from .errors import WrongType
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['Table', 'percent']
@@ -101,6 +102,15 @@ def check_axes(
     if ax is None or callable(getattr(ax, 'imshow', None)): return
     raise WrongType(f'{name} must be axes of Matplotlib, as plt.subplots makes them, or None, '
                     f'not {shown(ax)}')
+
+def new_axes(
+    width: float, # inches
+    height: float, # inches
+    layout: str | None = 'constrained', # how Matplotlib makes room for titles and names
+) -> Axes:
+    "The axes of a new figure. Matplotlib takes half a second to import: only who draws waits for it."
+    import matplotlib.pyplot as plt
+    return plt.subplots(figsize=(width, height), layout=layout)[1]
 
 # %% ../../nbs/01_core/04_display.ipynb #dd68410b
 def _spell(

@@ -9,14 +9,13 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 from typing import Any
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..core.checks import (check_choice, check_flag, check_kind, check_range, resolve_device,
                              shown)
-from ..core.display import Table, _spell, check_axes, progress
+from ..core.display import Table, _spell, check_axes, new_axes, progress
 from ..core.errors import WrongType, WrongValue
 from ..core.signature import Signature
 from .augment import Augment
@@ -441,7 +440,7 @@ def _draw(
     picture = _mosaic(images, columns, gap)
     if ax is None:
         inches, ratio = .9 * columns, picture.shape[0] / picture.shape[1]
-        _, ax = plt.subplots(figsize=(inches, inches * ratio))
+        ax = new_axes(inches, inches * ratio, layout=None)
     ax.imshow(picture, interpolation='nearest')
     ax.set_axis_off()
     for i, name in enumerate(names):

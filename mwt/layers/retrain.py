@@ -7,16 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from matplotlib.axes import Axes
 from torch import Tensor, fx, nn
 from ..core.accepted import check_finite_weights, check_not_quantized
 from ..core.checks import check_flag, check_range, room_for, shown
-from ..core.display import Table, check_axes, progress
+from ..core.display import Table, check_axes, new_axes, progress
 from ..core.errors import WrongValue
 from ..core.nets import copy_of, device_of, evaluating, freeze_as_, input_dtype, trainable
 from ..core.processes import rank_and_size
@@ -26,6 +24,7 @@ from ..data.loaders import LoaderBatches, LoaderData, as_batches, matched
 from ..train.fit import check_fit, fit, found_data
 from .blocks import Block, Blocks, check_layered, find_blocks
 from .similarity import FEWEST, Watch, batches_for, centred_gram
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['Drift', 'drifting', 'retrain_blocks']
@@ -147,7 +146,7 @@ def plot(self: Drift,
 ) -> Axes:
     "Similarity along the depth."
     check_axes(ax)
-    if ax is None: _, ax = plt.subplots(figsize=(6, 2.4), layout='constrained')
+    if ax is None: ax = new_axes(6, 2.4)
     ax.plot(self.alike, marker='o', markersize=3, color='black', linewidth=1)
     ax.set_xticks(range(len(self.alike)), ['(images)', *self.names], rotation=90, fontsize=6,
                   parse_math=False)

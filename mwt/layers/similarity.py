@@ -7,14 +7,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 import torch
 from fastcore.basics import patch
-from matplotlib.axes import Axes
 from torch import Tensor, fx, nn
 from ..core.checks import check_choice, check_flag, check_kind, check_range, room_for
-from ..core.display import Table, check_axes, progress
+from ..core.display import Table, check_axes, new_axes, progress
 from ..core.errors import TrainingLost, WrongValue
 from ..core.nets import evaluating, input_dtype
 from ..core.processes import global_sum
@@ -23,6 +21,7 @@ from ..data.batches import Batches
 from ..data.loaders import LoaderBatches, check_shape, taken_by
 from ..measure import check_channels, found_batches
 from .blocks import Block, blocks_in, check_layered, numbered, operations, results
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['Similarity', 'similarity', 'segments', 'modularity']
@@ -208,8 +207,9 @@ def plot(self: Similarity,
     check_axes(ax)
     n = len(self)
     side = 2 + .12 * min(n, MOST_LABELS)
-    if ax is None: _, ax = plt.subplots(figsize=(side + .8, side), layout='constrained')
-    colours = plt.get_cmap('Greys_r').with_extremes(bad='tab:red')
+    if ax is None: ax = new_axes(side + .8, side)
+    from matplotlib import colormaps
+    colours = colormaps['Greys_r'].with_extremes(bad='tab:red')
     image = ax.imshow(self.matrix.numpy(), cmap=colours, vmin=0, vmax=1, interpolation='nearest')
     ax.figure.colorbar(image, ax=ax, label='similarity (CKA)', shrink=.8)
     if n <= MOST_LABELS:

@@ -6,14 +6,12 @@
 from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 import torch
 from fastcore.basics import patch
-from matplotlib.axes import Axes
 from torch import Tensor
 from ..core.checks import check_kind, check_range
-from ..core.display import Table, check_axes, percent
+from ..core.display import Table, check_axes, new_axes, percent
 from ..core.errors import WrongValue
 from ..data.batches import Batches
 from ..measure import count_params, evaluate, profiles
@@ -22,6 +20,7 @@ from ..methods.modular import ModularModel
 from .extract import _check_parts, extract
 from .module import SlimModule
 from .parts import Parts, target_rows
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['Budget', 'fit_budget']
@@ -151,7 +150,7 @@ def plot(self: Budget,
     if self.rows[0]['accuracy'] is None:
         raise WrongValue('nothing to draw: accuracies were not measured; '
                          'give fit_budget data, as in data.valid')
-    if ax is None: _, ax = plt.subplots(figsize=(5, 3), layout='constrained')
+    if ax is None: ax = new_axes(5, 3)
     cost, limit = next(iter(self.asked.items()))
     scale = 1e-6 if cost == 'flops' else 1
     x = [scale * row[cost] for row in self.rows]

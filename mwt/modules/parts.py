@@ -7,21 +7,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from fastcore.basics import patch
-from matplotlib.axes import Axes
 from torch import Tensor
 from ..core.checks import check_choice, check_kind, check_range, shown
-from ..core.display import Table, check_axes, percent
+from ..core.display import Table, check_axes, new_axes, percent
 from ..core.errors import WrongType, WrongValue
 from ..core.files import describes, load_tensors, save_tensors
 from ..core.signature import Signature, as_signature
 from ..data.batches import class_names
 from ..data.labels import as_list, check_holds_values
 from .modularity import jaccard, jaccard_coupling, kernel_retention
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['Parts', 'plot_masks', 'plot_coupling', 'save_parts', 'load_parts']
@@ -155,7 +154,7 @@ def plot_masks(
     if layer is not None: check_choice('layer', layer, list(parts.sizes))
     kept = parts.kept if layer is None else parts.split(parts.kept)[layer]
     n = len(parts.classes)
-    if ax is None: _, ax = plt.subplots(figsize=(8, 0.6 + 0.22 * n), layout='constrained')
+    if ax is None: ax = new_axes(8, 0.6 + 0.22 * n)
     ax.imshow(kept.numpy(), cmap='Greys', vmin=0, vmax=1, aspect='auto', interpolation='nearest')
     ax.set_yticks(range(n), parts.classes, parse_math=False)      # names are text
     xlabel = f'kernel of {layer}' if layer else 'kernel, layer after layer'
@@ -175,8 +174,7 @@ def plot_coupling(
     check_axes(ax)
     alike = jaccard(parts.kept, parts.kept)
     n = len(parts.classes)
-    size = 1.5 + 0.42 * n, 1 + 0.38 * n
-    if ax is None: _, ax = plt.subplots(figsize=size, layout='constrained')
+    if ax is None: ax = new_axes(1.5 + 0.42 * n, 1 + 0.38 * n)
     ax.imshow(alike.numpy(), cmap='Greys', vmin=0, vmax=1)
     ax.set_xticks(range(n), parts.classes, rotation=90, parse_math=False)
     ax.set_yticks(range(n), parts.classes, parse_math=False)

@@ -11,11 +11,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 import torch
 from fastcore.basics import patch
-from matplotlib.figure import Figure
 from torch import nn
 from ..core.checks import check_kind
 from ..core.files import as_path, atomic_write
@@ -29,6 +27,7 @@ from ..modules.module import SlimModule, load_module, save_module
 from ..modules.parts import Parts, plot_coupling, plot_masks
 from .run import environment
 from .steps import Run, note_measured_, rejects
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = []
@@ -178,6 +177,7 @@ def plot_layers(
     "The class-by-kernel mask map of every layer."
     rows = math.ceil(len(parts.sizes) / columns)
     size = 4 * columns, rows * (0.8 + 0.14 * len(parts.classes))
+    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
     for ax in axes.flat[len(parts.sizes):]: ax.set_axis_off()
     kept = parts.split(parts.kept)
@@ -194,6 +194,7 @@ def _picture(
     says: str, # what it shows, for those who do not see it
 ) -> str: # an `img` tag
     "A figure as an image inside the page."
+    import matplotlib.pyplot as plt
     buffer = io.BytesIO()
     with plt.rc_context({'text.parse_math': False}):
         figure = draw()

@@ -7,15 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastcore.basics import patch
-from matplotlib.axes import Axes
 from ..core.checks import (
     check_choice, check_flag, check_kind, check_range, nearest, own_numbers_, shown)
 from ..core.display import Table, check_axes, percent
 from ..core.errors import WrongType, WrongValue
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['TrainConfig', 'History']
@@ -160,7 +159,9 @@ def plot_history(
     "Did it learn, and did the masks?"
     if axes is not None: _check_two_axes(axes)
     if not history.rows: raise WrongValue('history must have an epoch to be drawn, not none')
-    if axes is None: axes = tuple(plt.subplots(1, 2, figsize=(9, 2.6), layout='constrained')[1])
+    if axes is None:
+        import matplotlib.pyplot as plt     # half a second that only who draws waits for
+        axes = tuple(plt.subplots(1, 2, figsize=(9, 2.6), layout='constrained')[1])
     names = [name for name in history.rows[0] if name not in ('epoch', 'lr', 'seconds')]
     accuracies = [name for name in names if 'accuracy' in name]
     losses = [name for name in names if name not in accuracies]
