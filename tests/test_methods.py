@@ -61,8 +61,7 @@ class Trained:
 @pytest.fixture(scope='module', params=BUILT_IN)
 def trained(request: pytest.FixtureRequest, digits: ImageData) -> Trained:
     model = new_model(request.param, width=0.15)
-    epochs = 14 if request.param == 'composable' else 9         # its gates close until half of the training
-    fit(model, digits, epochs, lr=0.1, show_progress=False)
+    fit(model, digits, 10 if request.param == 'composable' else 9, lr=0.1, show_progress=False)
     return Trained(model, decompose(model, digits.train, show_progress=False))
 
 

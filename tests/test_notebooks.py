@@ -13,7 +13,7 @@ SLOW = {
     'tutorials/05_many_machines.ipynb',
     'tutorials/08_compose.ipynb', 'tutorials/09_replace.ipynb', 'tutorials/10_ship.ipynb',
     '02_data/06_sources.ipynb',                                     # test_data, test_streaming
-    '07_train/04_fit.ipynb',                                        # test_training, test_own_loop
+    '07_train/03_trainer.ipynb', '07_train/04_fit.ipynb',           # test_training, test_own_loop
     '08_modules/03_decompose.ipynb', '08_modules/06_extract.ipynb', # test_modules, test_extract
     '08_modules/07_compose.ipynb',                                  # test_modules, test_extract, test_reuse
     '08_modules/08_export.ipynb', '08_modules/09_mend.ipynb', '08_modules/10_budget.ipynb', # test_ship
