@@ -53,7 +53,8 @@ def known_classes(
 ) -> list[str]: # its outputs, in order
     "The classes that a network tells apart; those of the data for a network that does not say."
     known = signature_of(model)
-    return list(batches.classes if known is None else known.classes)
+    if known is None: known = batches
+    return list(known.classes)
 
 def check_names(
     known: Sequence[str], # the network's classes

@@ -174,12 +174,16 @@ def cost_table(
     costs, total = layer_costs(net, channels, example, what)
     reads, writes, each, once = [], [], [], []
     for name, layer in channels.layers.items():
-        inputs = 0 if reads_alone(net, name, channels) else len(layer.reads)
         product, others = costs.get(name, (0., 0.))
-        reads.append(_counts(layer.reads if inputs else None, unit_of_channel, n))
+        source, inputs = layer.reads, 1
+        if reads_alone(net, name, channels) or not len(source):
+            source = None               # all that it costs hangs on what it writes
+            product, others = 0., product + others
+        else: inputs = len(source)
+        reads.append(_counts(source, unit_of_channel, n))
         writes.append(_counts(layer.writes, unit_of_channel, n))
-        each.append(product / (inputs * len(layer.writes)) if inputs else 0.)
-        once.append((others if inputs else product + others) / len(layer.writes))
+        each.append(product / (inputs * len(layer.writes)))
+        once.append(others / len(layer.writes))
     tensors = [torch.stack(reads, 1), torch.stack(writes, 1),
                torch.tensor(each), torch.tensor(once)]
     return CostTable(*tensors, total, measured=what == 'latency')

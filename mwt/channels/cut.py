@@ -99,7 +99,8 @@ def _pick(model: nn.Module, path: str, dim: int, index: Tensor) -> None:
     owner = model.get_submodule(parent)
     old = getattr(owner, name)
     new = old.detach().index_select(dim, index.to(old.device))
-    setattr(owner, name, _parameter(new, old) if isinstance(old, nn.Parameter) else new)
+    if isinstance(old, nn.Parameter): new = _parameter(new, old)
+    setattr(owner, name, new)
 
 # %% ../../nbs/04_channels/05_cut.ipynb #0d888a83
 @torch.no_grad()

@@ -80,15 +80,14 @@ def _pin_the_rest(tracker: ChannelTracker) -> None:
 
 def _info(name: str, layer: ChannelLayer, module: nn.Module, reasons: list[str]) -> LayerInfo:
     "What the table says of a layer; `reasons`: of each kernel, empty where it can go."
-    conv = isinstance(module, nn.Conv2d)
-    own = ''
+    conv, own, stays = isinstance(module, nn.Conv2d), '', ''
     if not conv: own = 'not a convolution'
     elif module.groups > 1: own = 'grouped'
     elif layer.calls > 1: own = 'runs more than once'
     elif layer.renormalised_by: own = f'{layer.renormalised_by} normalises it further on'
-    return LayerInfo(name, 'Conv2d' if conv else 'Linear', len(layer.writes),
-                     module.in_channels if conv else module.in_features, layer.norm,
-                     reasons[0] if all(reasons) else '', own)
+    if all(reasons): stays = reasons[0]
+    kind, inputs = ('Conv2d', module.in_channels) if conv else ('Linear', module.in_features)
+    return LayerInfo(name, kind, len(layer.writes), inputs, layer.norm, stays, own)
 
 # %% ../../nbs/04_channels/04_mapping.ipynb #e58b7623
 def map_channels(
@@ -141,6 +140,7 @@ def _letters(n: int) -> str:
 def _dot(ax: Axes, x: int, y: int, name: str, n: int, stays: bool) -> None:
     "One kernel."
     from matplotlib import colormaps
-    colour = 'lightgrey' if stays else colormaps['Set3'](n % 8)
-    ax.scatter(x, y, s=230, marker='s' if stays else 'o', color=colour, edgecolors='grey')
+    marker, colour = 'o', colormaps['Set3'](n % 8)
+    if stays: marker, colour = 's', 'lightgrey'
+    ax.scatter(x, y, s=230, marker=marker, color=colour, edgecolors='grey')
     ax.text(x, y, name, ha='center', va='center', fontsize=8, parse_math=False)

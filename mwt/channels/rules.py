@@ -333,7 +333,8 @@ def count(self: ChannelTracker, node: fx.Node) -> None:
     name = node.args[1] if node.target is getattr else node.target
     if isinstance(whole, (Activation, str)) and name in ('shape', 'size', 'numel', 'nelement'):
         dims = node.args[1:] if name == 'size' else ()
-        self.sizes[node] = self.counted(whole, dims[0] if dims else slice(None))
+        index = dims[0] if dims else slice(None)
+        self.sizes[node] = self.counted(whole, index)
         if name == 'shape' or name == 'size' and not dims: self.shapes[node] = whole
     elif node.target is operator.getitem and source in self.shapes:
         self.sizes[node] = self.counted(self.shapes[source], node.args[1])
@@ -345,8 +346,10 @@ def counted(self: ChannelTracker, whole: Activation | str, index: Any) -> list[A
     if isinstance(whole, str): return [whole]
     every = list(range(whole.ids.ndim))
     index = fx.node.map_arg(index, lambda n: self.env[n])
-    dims = every[index] if isinstance(index, (int, slice)) else every
-    several = set(varying(whole.ids)) & set(dims if isinstance(dims, list) else [dims])
+    dims = every
+    if isinstance(index, slice): dims = every[index]
+    if isinstance(index, int): dims = [every[index]]
+    several = set(varying(whole.ids)) & set(dims)
     return [whole] if several else []
 
 @patch

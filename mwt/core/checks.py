@@ -117,7 +117,7 @@ def resolve_device(
 ) -> torch.device: # a device that exists on this machine
     "The device to work on. Raises `ValueError` for one that this machine does not have."
     has_cuda = torch.cuda.is_available()
-    if device is None: return torch.device('cuda' if has_cuda else 'cpu')
+    if device is None: device = 'cuda' if has_cuda else 'cpu'
     try: found = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError):
         raise WrongValue(f"device {shown(device)} is not one that PyTorch knows; "

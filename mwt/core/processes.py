@@ -89,8 +89,11 @@ def processes(
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield device
         return
-    if device.type == 'cuda': device = _own_gpu()
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    backend = 'gloo'
+    if device.type == 'cuda':
+        backend = 'nccl'
+        device = _own_gpu()
+    dist.init_process_group(backend)
     meet(device)            # NCCL connects at the first call: nobody goes ahead before all are there
     yield device
     dist.destroy_process_group()        # not after an error: torchrun ends those who wait

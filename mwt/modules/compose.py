@@ -213,7 +213,8 @@ def shared(
     groups: dict[Any, list[SlimModule]] = {}
     for n, m in enumerate(modules):
         origin = m.description.get('origin')
-        groups.setdefault(n if origin is None else origin['model'], []).append(m)
+        key = n if origin is None else origin['model']
+        groups.setdefault(key, []).append(m)
     if model is not None and known not in groups:
         raise WrongValue('none of the modules was cut from this model with the weights that it has now; '
                          'leave model out to compose them from their own weights')

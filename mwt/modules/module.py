@@ -156,7 +156,8 @@ class SlimModule(Signed):
             dtype = DTYPES[tensor.get('dtype', 'float32')]
             if dtype.is_floating_point: dtype = None        # as that of the layers, until it is loaded
             value = torch.empty(tensor['shape'], dtype=dtype)
-            _put(self, name, nn.Parameter(value) if tensor['parameter'] else value)
+            if tensor['parameter']: value = nn.Parameter(value)
+            _put(self, name, value)
         self._steps = ready_steps(description)
 
     @property

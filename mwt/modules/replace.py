@@ -39,7 +39,8 @@ def as_weak(
     if classes is None and known is None:
         raise WrongValue(f'{type(weak).__name__} does not say its classes; name them: classes=[...], in the '
                          'order of its outputs')
-    names = class_names(known.classes if classes is None else classes)
+    if classes is None: classes = known.classes
+    names = class_names(classes)
     if known is None or known.mean is None: known = data.signature
     if not pixels: known = replace(known, mean=None, std=None)
     net, shape = plain(weak), known.shape or data.shape

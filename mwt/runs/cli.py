@@ -114,7 +114,8 @@ def _kind(
     if plain.startswith('Literal'):
         return dict(choices=ast.literal_eval(plain.removeprefix('Literal')))
     if plain.startswith('Sequence'):
-        return dict(nargs='+' if option.default is MISSING else '*')
+        several = '+' if option.default is MISSING else '*'
+        return dict(nargs=several)
     if plain in NUMBERS: return dict(type=NUMBERS[plain], metavar=plain.upper())
     return {}
 

@@ -262,7 +262,8 @@ def cmd_predict(
 ) -> None:
     "what a module says of images: names and probabilities"
     answers = predict(load_module(module, resolve_device(device)), images)
-    print(as_json(answers, indent=1) if json else answers_table(answers))
+    said = as_json(answers, indent=1) if json else answers_table(answers)
+    print(said)
 
 # %% ../../nbs/09_runs/05_commands.ipynb #682b3b68
 def cmd_compose(

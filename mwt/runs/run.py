@@ -184,8 +184,8 @@ def run_settings(
     check_range('epochs', epochs, 1, integer=True)
     check_range('seed', seed, 0, 2**32 - 1, integer=True)
     described = _described(method, options)
-    known = isinstance(model, str) and model in NETWORKS
-    create_model(model, width=width, in_channels=1 if known else 3)
+    channels = 1 if isinstance(model, str) and model in NETWORKS else 3
+    create_model(model, width=width, in_channels=channels)
     seed = int(seed)
     return dict(data=_images(data, seed, images), model=model, width=float(width),
                 method=described, epochs=int(epochs), seed=seed, config=asdict(config))

@@ -103,7 +103,8 @@ def found_data(
     "A copy of the data on the device of the run. Raises `TypeError` or `ValueError` for what is none."
     n_classes = None if isinstance(data, ImageData) else n_outputs(model)
     data = as_image_data(data, device=device, n_classes=n_classes)
-    return matched_data(data.to(data.device if device is None else device), model)
+    if device is None: device = data.device
+    return matched_data(data.to(device), model)
 
 # %% ../../nbs/07_train/04_fit.ipynb #19423d9a
 def is_best(
