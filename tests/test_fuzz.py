@@ -147,14 +147,14 @@ def _(found: Any, self: Any, seed: int, epoch: int = 0) -> None:
     again = list(found)
     for (x, y), (u, v) in zip(again, found.seed(seed, epoch)): assert torch.equal(x, u) and torch.equal(y, v)
 
-@call('Batches.shard', needed='rank world', loose=True, self=BATCHES, rank='0 | 1',
-      world='1 | 2 | np.int64(4)')
-def _(found: Any, self: Any, rank: int, world: int) -> None:
-    if world > 64: return
-    shares = [self.shard(r, world) for r in range(world)]
+@call('Batches.shard', needed='rank world_size', loose=True, self=BATCHES, rank='0 | 1',
+      world_size='1 | 2 | np.int64(4)')
+def _(found: Any, self: Any, rank: int, world_size: int) -> None:
+    if world_size > 64: return
+    shares = [self.shard(r, world_size) for r in range(world_size)]
     labels = torch.cat([y for share in shares for _, y in share])
     if not self.shuffle: assert torch.equal(labels.bincount(), self.labels.bincount())
-    assert found._shard == (rank, world) and found.shared == (world > 1)
+    assert found._shard == (rank, world_size) and found.shared == (world_size > 1)
 
 @call('Batches.plain', self=BATCHES)
 def _(found: Any, self: Any) -> None:
@@ -230,8 +230,8 @@ def _(found: Any, self: Any) -> None: assert len(found) == 4 and found.rows[-1][
 @call('ImageData.to', needed='device', self='data()', device=DEVICES, odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, device: Any) -> None: assert found.fingerprint == self.fingerprint
 
-@call('ImageData.shard', needed='rank world', self='data()', rank='0 | 1', world='1 | 2', loose=True)
-def _(found: Any, self: Any, rank: int, world: int) -> None: assert found.train._shard == (rank, world)
+@call('ImageData.shard', needed='rank world_size', self='data()', rank='0 | 1', world_size='1 | 2', loose=True)
+def _(found: Any, self: Any, rank: int, world_size: int) -> None: assert found.train._shard == (rank, world_size)
 
 @call('ImageData', needed='train valid test', words='classes|split', train='data().train',
       valid='data().valid', test='data().test', fingerprint="None | 'x'",

@@ -188,19 +188,19 @@ def seed(self: Batches,
 @patch
 def __len__(self: Batches) -> int:
     "How many batches an epoch has; when shuffled, only complete ones, but at least one."
-    rank, world = self._shard
+    rank, world_size = self._shard
     if self.shuffle: return max(self.n // self.batch_size, min(self.n, 1))
-    mine = ceil_div(self.n - rank, world)
-    return ceil_div(mine, ceil_div(self.batch_size, world))
+    mine = ceil_div(self.n - rank, world_size)
+    return ceil_div(mine, ceil_div(self.batch_size, world_size))
 
 @patch
 def __repr__(self: Batches) -> str:
     channels, height, width = self.shape
-    rank, world = self._shard
+    rank, world_size = self._shard
     how = [f'{len(self)} batches of {self.batch_size}']
     if self.shuffle: how.append('shuffled')
     if self.augment: how.append(str(self.augment))
-    if world > 1: how.append(f'share {rank} of {world}')
+    if world_size > 1: how.append(f'share {rank} of {world_size}')
     if isinstance(self.images, ImageFiles):
         how.append(f'streamed by {self.images.workers} workers')
     return (f"Batches({self.n:,} images of {channels}x{height}x{width}, "
@@ -236,13 +236,13 @@ def _mine(self: Batches,
     plan: Tensor, # (samples, any) of all processes
 ) -> Sequence[Tensor]: # one a batch, as many as `len` says
     "The pieces of a plan that this process takes."
-    rank, world = self._shard
+    rank, world_size = self._shard
     if not self.shuffle:
-        mine = plan.tensor_split(world)[rank]
-        return mine.split(ceil_div(self.batch_size, world))[:len(self)]
+        mine = plan.tensor_split(world_size)[rank]
+        return mine.split(ceil_div(self.batch_size, world_size))[:len(self)]
     whole = plan.split(self.batch_size)[:len(self)]
-    equal = [rows[:len(rows) // world * world] for rows in whole]
-    return [rows.tensor_split(world)[rank] for rows in equal]
+    equal = [rows[:len(rows) // world_size * world_size] for rows in whole]
+    return [rows.tensor_split(world_size)[rank] for rows in equal]
 
 # %% ../../nbs/02_data/05_batches.ipynb #d11de14f
 @patch
@@ -274,30 +274,30 @@ def __iter__(self: Batches) -> Iterator[tuple[Tensor, Tensor]]: # images float32
 # %% ../../nbs/02_data/05_batches.ipynb #00114e4e
 @patch
 def _check_shard(self: Batches,
-    rank: int, # of this process, in [0, world)
-    world: int, # how many processes share the batches
+    rank: int, # of this process, in [0, world_size)
+    world_size: int, # how many processes share the batches
 ) -> None:
     "Raises `ValueError` for batches that cannot be shared so."
-    check_range('world', world, 1, LARGEST_WORLD, integer=True)
-    check_range('rank', rank, 0, world - 1, integer=True)
+    check_range('world_size', world_size, 1, LARGEST_WORLD, integer=True)
+    check_range('rank', rank, 0, world_size - 1, integer=True)
     if not self.shuffle: return
-    if self.batch_size % world:
-        raise WrongValue(f"batch_size={self.batch_size} cannot be shared equally by {world} "
-                         f"processes; take a multiple of {world}")
-    if self.n < world:
-        raise WrongValue(f"{self.n} training images are too few for {world} processes; "
+    if self.batch_size % world_size:
+        raise WrongValue(f"batch_size={self.batch_size} cannot be shared equally by {world_size} "
+                         f"processes; take a multiple of {world_size}")
+    if self.n < world_size:
+        raise WrongValue(f"{self.n} training images are too few for {world_size} processes; "
                          "take fewer processes or more images")
 
 # %% ../../nbs/02_data/05_batches.ipynb #381f659f
 @patch
 def shard(self: Batches,
-    rank: int, # of this process, in [0, world)
-    world: int, # how many processes share the batches
+    rank: int, # of this process, in [0, world_size)
+    world_size: int, # how many processes share the batches
 ) -> Batches: # whatever is made of it stays a share
     "This process's share of the batches."
-    self._check_shard(rank, world)
+    self._check_shard(rank, world_size)
     mine = copy(self)
-    mine._shard = int(rank), int(world)
+    mine._shard = int(rank), int(world_size)
     return mine
 
 @patch(as_prop=True)
@@ -555,11 +555,11 @@ def to(self: ImageData,
 
 @patch
 def shard(self: ImageData,
-    rank: int, # of this process, in [0, world)
-    world: int, # how many processes share the batches
+    rank: int, # of this process, in [0, world_size)
+    world_size: int, # how many processes share the batches
 ) -> ImageData:
     "This process's share of all three."
-    mine = [batches.shard(rank, world) for batches in self.splits().values()]
+    mine = [batches.shard(rank, world_size) for batches in self.splits().values()]
     return ImageData(*mine, self.fingerprint)
 
 # %% ../../nbs/02_data/05_batches.ipynb #ce2035de

@@ -249,11 +249,11 @@ def pixels(self: LoaderBatches) -> LoaderBatches: # the same, for a module
 @patch
 def shard(self: LoaderBatches,
     rank: int, # of this process; only 0
-    world: int, # how many processes share the batches; only 1
+    world_size: int, # how many processes share the batches; only 1
 ) -> LoaderBatches: # itself
     "All batches. Raises `ValueError` for more than one process."
-    if (rank, world) == (0, 1): return self
-    raise WrongValue(f"a loader cannot be shared by {world} processes, and a DistributedSampler "
+    if (rank, world_size) == (0, 1): return self
+    raise WrongValue(f"a loader cannot be shared by {world_size} processes, and a DistributedSampler "
                      "repeats samples; use image_data or from_tensors, whose batches are "
                      "shared exactly")
 
@@ -311,10 +311,10 @@ def subset(self: LoaderData,
 @patch
 def shard(self: LoaderData,
     rank: int, # of this process; only 0
-    world: int, # how many processes share the batches; only 1
+    world_size: int, # how many processes share the batches; only 1
 ) -> LoaderData:
     "All of it. Raises `ValueError` for more than one process."
-    return LoaderData(**{name: split.shard(rank, world) for name, split in self.splits().items()})
+    return LoaderData(**{name: split.shard(rank, world_size) for name, split in self.splits().items()})
 
 # %% ../../nbs/02_data/07_loaders.ipynb #59df89e2
 def _named_loaders(

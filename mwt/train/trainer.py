@@ -253,17 +253,17 @@ def out_of_memory(self: Trainer,
     if self.batch is None:
         return NotEnoughMemory(f"not enough memory on {self.device} ({why}); "
                                "take a smaller batch_size, or smaller images")
-    world = rank_and_size()[1]
+    world_size = rank_and_size()[1]
     size = len(self.batch[1])
-    said = f"not enough memory on {self.device} for batches of {world * size} images ({why})"
+    said = f"not enough memory on {self.device} for batches of {world_size * size} images ({why})"
     found = self.size_that_fits()
     if not found:
         return NotEnoughMemory(f"{said}, nor for smaller ones; take smaller images, or a "
                                "smaller network (width)")
     n = -(-size // found)
     fits = f"batch_size={found} fits, and so does accumulate={n}"
-    if world > 1: fits = f"batch_size={world * found} may fit, and so may accumulate={n}"
-    return NotEnoughMemory(f"{said}; {fits}, which learns batches of {world * size} in "
+    if world_size > 1: fits = f"batch_size={world_size * found} may fit, and so may accumulate={n}"
+    return NotEnoughMemory(f"{said}; {fits}, which learns batches of {world_size * size} in "
                            f"{n} pieces")
 
 # %% ../../nbs/07_train/03_trainer.ipynb #14fd49b9
