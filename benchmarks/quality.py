@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'sizes': dict(networks=['simcnn:0.125'], epochs=5, methods=[
         'plain', 'composable', *(f'composable,target_flops={share}' for share in (.05, .1, .25, .5)),
         *(f'composable,target_params={share}' for share in (.02, .05, .15)),
-        *(f'composable,target_latency={share}' for share in (.3, .5))]),
+        *(f'composable,target_latency={share}' for share in (.75, .85))]),
     'ablation': dict(networks=['simcnn:0.125'], epochs=5, methods=[
         'plain', 'composable', 'composable,dense=0',
         'composable,set_fraction=0.25', 'composable,set_fraction=1',
