@@ -12,6 +12,7 @@ SLOW = {
     'index.ipynb', 'tutorials/01_real_images.ipynb', 'tutorials/02_two_methods.ipynb',
     'tutorials/05_many_machines.ipynb',
     'tutorials/08_compose.ipynb', 'tutorials/09_replace.ipynb', 'tutorials/10_ship.ipynb',
+    'tutorials/11_choosing_a_size.ipynb',
     '02_data/06_sources.ipynb',                                     # test_data, test_streaming
     '07_train/03_trainer.ipynb', '07_train/04_fit.ipynb',           # test_training, test_own_loop
     '08_modules/03_decompose.ipynb', '08_modules/06_extract.ipynb', # test_modules, test_extract
