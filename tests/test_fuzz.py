@@ -230,8 +230,10 @@ def _(found: Any, self: Any) -> None: assert len(found) == 4 and found.rows[-1][
 @call('ImageData.to', needed='device', self='data()', device=DEVICES, odd=dict(device=BAD_DEVICES))
 def _(found: Any, self: Any, device: Any) -> None: assert found.fingerprint == self.fingerprint
 
-@call('ImageData.shard', needed='rank world_size', self='data()', rank='0 | 1', world_size='1 | 2', loose=True)
-def _(found: Any, self: Any, rank: int, world_size: int) -> None: assert found.train._shard == (rank, world_size)
+@call('ImageData.shard', needed='rank world_size', self='data()', rank='0 | 1', world_size='1 | 2',
+      loose=True)
+def _(found: Any, self: Any, rank: int, world_size: int) -> None:
+    assert found.train._shard == (rank, world_size)
 
 @call('ImageData', needed='train valid test', words='classes|split', train='data().train',
       valid='data().valid', test='data().test', fingerprint="None | 'x'",
