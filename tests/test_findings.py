@@ -113,7 +113,7 @@ def test_nothing_is_loaded_into_a_module_of_other_classes(data: ImageData, tmp_p
     other.load_state_dict({k: v for k, v in other.state_dict().items()})
     before = {k: v.clone() for k, v in one.state_dict().items()}
     path = save_checkpoint(other, tmp_path / 'other.safetensors')
-    with pytest.raises(ValueError): load_checkpoint(one, path)
+    with pytest.raises(ValueError, match='take a module of the same classes'): load_checkpoint(one, path)
     assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
 
 
@@ -224,7 +224,8 @@ def test_norms_with_names_of_their_own(data: ImageData) -> None:
 def test_a_refused_call_leaves_no_names(data: ImageData, tmp_path) -> None:
     net, junk = Net(), tmp_path / 'run.safetensors'
     junk.write_bytes(b'junk')
-    with pytest.raises(ValueError): fit(net, data, 1, resume=junk, show_progress=False)
+    with pytest.raises(ValueError, match='truncated, damaged or no safetensors file'):
+        fit(net, data, 1, resume=junk, show_progress=False)
     assert getattr(net, 'signature', None) is None
 
 

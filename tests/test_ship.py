@@ -248,7 +248,8 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_served_refuses_other_files(data: ImageData, tmp_path: Path) -> None:
     (tmp_path/'a.onnx').write_bytes(b'no network')
     with pytest.raises(ValueError, match='does not take'): served([tmp_path/'a.onnx'], data.test)
-    with pytest.raises(FileNotFoundError): served([tmp_path/'b.onnx'], data.test)
+    with pytest.raises(FileNotFoundError, match='no file .*make one with export'):
+        served([tmp_path/'b.onnx'], data.test)
 
 
 # Mending

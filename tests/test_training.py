@@ -618,7 +618,8 @@ def test_no_masks_are_kept(method: str, data: ImageData) -> None:
 def test_no_masks_are_kept_after_an_error(method: str) -> None:
     model = network(kind=method)
     wrong = torch.zeros(2, 3, 8, 8)
-    with pytest.raises(RuntimeError): training_loss(model, wrong, torch.zeros(2, dtype=torch.long))
+    labels = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(RuntimeError, match='channels'): training_loss(model, wrong, labels)
     assert nothing_is_recorded(model)
     copy.deepcopy(model)
 
