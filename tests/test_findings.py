@@ -113,7 +113,8 @@ def test_nothing_is_loaded_into_a_module_of_other_classes(data: ImageData, tmp_p
     other.load_state_dict({k: v for k, v in other.state_dict().items()})
     before = {k: v.clone() for k, v in one.state_dict().items()}
     path = save_checkpoint(other, tmp_path / 'other.safetensors')
-    with pytest.raises(ValueError, match='another network|a module of the same classes'): load_checkpoint(one, path)
+    with pytest.raises(ValueError, match='another network|a module of the same classes'):
+        load_checkpoint(one, path)
     assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
 
 
