@@ -397,6 +397,11 @@ def test_answers_that_need_no_torch(words: str, status: int) -> None:
     assert done.returncode == status and done.stdout.endswith('False\n'), done.stdout + done.stderr
 
 
+def test_a_mistyped_command_meets_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit): main(['trian'])
+    assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
 def test_only_who_draws_waits_for_matplotlib() -> None:
     script = "import sys; from mwt.all import *; print({'matplotlib', 'triton', 'torch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=60)

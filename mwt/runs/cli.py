@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse
 import ast
+import difflib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass
@@ -200,13 +201,23 @@ def parser(
         _add(p, [DEBUG])
     return top
 
+def _check_command(
+    top: argparse.ArgumentParser, # of `mwt`
+    word: str, # the first that was typed
+) -> None:
+    "Ends with the command that was perhaps meant, where there is one."
+    close = difflib.get_close_matches(word, COMMANDS, 1)
+    if close and word not in COMMANDS: top.error(f'no command {word!r}; did you mean {close[0]!r}?')
+
 # %% ../../nbs/09_runs/06_cli.ipynb #bb9ee79f
 def main(
     argv: Sequence[str] | None = None, # arguments; `None` takes those of the process
 ) -> int: # exit status: 0, or 2 after an error
     "The `mwt` command."
     words = sys.argv[1:] if argv is None else list(argv)
-    options = vars(parser(words).parse_args(words))     # ends here for help and mistyped words
+    top = parser(words)
+    if words: _check_command(top, words[0])
+    options = vars(top.parse_args(words))               # ends here for help and mistyped words
     command = options.pop('command')
     debug = options.pop('debug', False)
     for stream in (sys.stdout, sys.stderr):     # names may have letters that a terminal has not
