@@ -4,13 +4,14 @@
     python benchmarks/compose.py run --data FOLDER --preset quick   # a minute, to see that it works
     python benchmarks/compose.py table                              # all results as Markdown
 
-Five models, of other architectures and other seeds, give a module of two classes each (`twos`), or two
+Five models, of two architectures and three seeds, give a module of two classes each (`twos`), or two
 modules of one class (`ones`). `all` models were trained on all ten classes, with and without `reject`; `own`
 ones only on their two classes, so they never saw any other. The modules are composed as they are, by
 rejection where they have it, and calibrated on a hundred validation images a class. Beside it the best single
 model, chosen on validation images.
 
 Every set of five models adds its lines to results/compose.jsonl; those that are there already are skipped.
+Networks are trained once and kept in the folder --trained, which may be that of quality.py.
 """
 from __future__ import annotations
 import argparse, copy, json, statistics, sys
@@ -27,15 +28,15 @@ from mwt.core.timing import time_in_turns
 from mwt.data.batches import ImageData
 from mwt.data.sources import image_data
 from mwt.measure import count_flops, count_params, evaluate, rejection
-from mwt.methods.modular import ModularModel, modularize, plain
+from mwt.methods.modular import ModularModel, plain
 from mwt.modules.compose import compose
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
 from mwt.modules.module import SlimModule
-from mwt.networks import create_model
 from mwt.runs.report import environment
-from mwt.train.fit import fit
+from quality import settings_of
 from results import FOLDER, figure, markdown, read, run_or_table
+from trained import trained_network
 
 RESULTS = FOLDER/'compose.jsonl'
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,13 +48,12 @@ MODELS = 'all', 'all,reject', 'own'
 
 def trained(a: argparse.Namespace, data: ImageData, number: int, models: str, seed: int) -> ModularModel:
     "One of the five models."
-    name, width = a.networks[number % len(a.networks)].split(':')
-    seed = 10 * seed + number
-    net = create_model(name, data.n_classes, float(width), data.channels, seed=seed)
-    model = modularize(net, data.n_classes, 'composable', example_input=torch.zeros(1, *data.shape),
-                       seed=seed, reject=models.endswith('reject'))
-    fit(model, data, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress,
-        lr=.05, weight_decay=5e-4, warmup=.15)
+    seeds, which = divmod(number, len(a.networks))
+    called = 'composable,reject=1' if models.endswith('reject') else 'composable'
+    masks, recipe = settings_of(called)
+    if models == 'own': called += f" of {' '.join(data.classes)}"
+    model, _ = trained_network(a.trained, a.networks[which], called, masks, recipe, a.epochs,
+                               10 * seed + seeds, data, a.show_progress)
     return model
 
 
@@ -105,6 +105,7 @@ def run(a: argparse.Namespace) -> None:
     if a.threads: torch.set_num_threads(a.threads)
     data = image_data(a.data, root=a.root, batch_size=a.batch, device=a.device)
     if data.n_classes != 10: raise SystemExit(f'the data has {data.n_classes} classes; ten are needed')
+    a.trained = a.trained or Path(a.root)/'trained'
     for seed in a.seeds:
         for models in a.models:
             key = dict(networks=list(a.networks), models=models, seed=seed, epochs=a.epochs,
@@ -138,6 +139,7 @@ def table(path: Path) -> str:
 
 def options(r: argparse.ArgumentParser) -> None:
     "What this benchmark alone can be told."
+    r.add_argument('--trained', type=Path, help='trained networks are kept here (default: ROOT/trained)')
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ..., taken in turns')
     r.add_argument('--models', nargs='+', choices=MODELS, help='what the models were trained on')
     for name in ('epochs', 'batch'): r.add_argument(f'--{name}', type=int)

@@ -7,7 +7,7 @@
 The protocol is MODA's (Ngo et al., ICSE 2026): a strong model knows classes 0 to 4, with all training images.
 A weak one (LeNet5) knows classes 5 to 9 and one of these, from a tenth of the images and without
 augmentation, and is looked at early (under-fitted) and late (over-fitted). A module of the strong model for
-that one class is to help. Four ways, on the same two models:
+that one class is to help. Five ways, on the same two models:
 
     layer     the weak logit replaced by the module's, a square linear layer behind, 5 epochs (MODA)
     min-max   the weak probability replaced by the module's logit, scaled to [0, 1] (CNNSplitter)
@@ -15,7 +15,8 @@ that one class is to help. Four ways, on the same two models:
     ours, 5   the same with a module of all five classes
     control   the layer of the first way behind the weak model alone: no module
 
-Every strong model adds its lines to results/replace.jsonl; those that are there already are skipped.
+Every strong model adds its lines to results/replace.jsonl; those that are there already are skipped. Strong
+models are trained once and kept in the folder --trained.
 """
 from __future__ import annotations
 import argparse, json, statistics, sys, time
@@ -34,7 +35,6 @@ from mwt.data.batches import Batches, ImageData
 from mwt.data.loaders import taken_by
 from mwt.data.sources import image_data
 from mwt.measure import count_params
-from mwt.methods.modular import modularize
 from mwt.modules.compose import outputs
 from mwt.modules.decompose import decompose
 from mwt.modules.extract import extract
@@ -42,8 +42,9 @@ from mwt.modules.module import SlimModule
 from mwt.modules.replace import fit_patch
 from mwt.networks import create_model
 from mwt.runs.report import environment
-from mwt.train.fit import fit
+from quality import settings_of
 from results import FOLDER, figure, markdown, read, run_or_table
+from trained import trained_network
 
 RESULTS = FOLDER/'replace.jsonl'
 PRESETS: dict[str, dict[str, Any]] = {
@@ -154,12 +155,10 @@ def one_target(a: argparse.Namespace, data: ImageData, modules: dict[str, SlimMo
 
 def strong_modules(a: argparse.Namespace, data: ImageData, network: str, seed: int) -> dict[str, SlimModule]:
     "A module for each of the first five classes, and one for all."
-    name, width = network.split(':')
     few = data.subset(data.classes[:5])
-    net = create_model(name, 5, float(width), data.channels, seed=seed)
-    model = modularize(net, 5, 'composable', example_input=torch.zeros(1, *data.shape), seed=seed)
-    fit(model, few, a.epochs, seed=seed, device=data.device, show_progress=a.show_progress,
-        lr=.05, weight_decay=5e-4)
+    masks, recipe = settings_of('composable')
+    called = f"composable of {' '.join(few.classes)}"
+    model, _ = trained_network(a.trained, network, called, masks, recipe, a.epochs, seed, few, a.show_progress)
     parts = decompose(model, few.train, show_progress=False)
     return {c: extract(model, parts, [c]) for c in few.classes} | {'all': extract(model, parts, few.classes)}
 
@@ -170,6 +169,7 @@ def run(a: argparse.Namespace) -> None:
     if a.threads: torch.set_num_threads(a.threads)
     data = image_data(a.data, root=a.root, batch_size=a.batch, device=a.device)
     if data.n_classes < 10: raise SystemExit(f'the data has {data.n_classes} classes; ten are needed')
+    a.trained = a.trained or Path(a.root)/'trained'
     for seed in a.seeds:
         for network in a.networks:
             key = dict(network=network, seed=seed, epochs=a.epochs, weak=list(a.weak), data=Path(a.data).name)
@@ -201,6 +201,7 @@ def table(path: Path) -> str:
 
 def options(r: argparse.ArgumentParser) -> None:
     "What this benchmark alone can be told."
+    r.add_argument('--trained', type=Path, help='trained networks are kept here (default: ROOT/trained)')
     r.add_argument('--networks', nargs='+', help='NAME:WIDTH ... of the strong models')
     r.add_argument('--weak', nargs=2, type=int, help='epochs after which the weak model is looked at')
     for name in ('epochs', 'batch'): r.add_argument(f'--{name}', type=int)
