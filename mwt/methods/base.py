@@ -157,8 +157,13 @@ def after_backward(self: Method,
 
 @patch
 def ready(self: Method, progress: float) -> bool:
-    "Can epochs be compared, and may closed kernels go? Before, the latest epoch is kept."
+    "Can epochs be compared? Before, the latest epoch is kept."
     return True
+
+@patch
+def settled(self: Method, progress: float) -> bool:
+    "May closed kernels go, since none of them opens again? Training asks for a `smaller` network then."
+    return self.ready(progress)
 
 # %% ../../nbs/05_methods/03_base.ipynb #fe406b5e
 @patch

@@ -123,9 +123,11 @@ PRICE = 3 / 4           # power of what a unit costs
 @patch
 def relative(self: ClassGates,
     separation: float, # gamma, at least 0
+    candidates: Tensor | None = None, # (units,) boolean: those that may be open; `None`: all
 ) -> Tensor: # (classes, units)
     "Scores for what a unit costs, that can be compared between classes."
-    scores = self.scores / self.scores.sum(1, keepdim=True).clamp_min(1e-30)
+    scores = self.scores if candidates is None else self.scores * candidates
+    scores = scores / scores.sum(1, keepdim=True).clamp_min(1e-30)
     special = scores / scores.mean(0).clamp_min(1e-30)
     price = self.costs.price(module_masks(self.gates)).mean(0)
     return scores * special**separation / price.clamp_min(1e-30)**PRICE
@@ -184,10 +186,12 @@ def open_gates(
     costs: CostTable, # of the network
     groups: Tensor, # (units,), from 0: units written by the same layers
     fraction: float, # of the network's cost that two classes keep on average, in (0, 1]
+    candidates: Tensor | None = None, # (units,) boolean, some of each group: others stay closed
 ) -> Tensor: # (classes, units), 0 or 1
     "Open the gates with the highest scores; of every group and class at least one."
     if fraction >= 1: return torch.ones_like(scores)
     distinct = without_ties(scores)
+    if candidates is not None: distinct.masked_fill_(~candidates, 0.)       # all others are above 0
     distinct.masked_fill_(best_of_groups(distinct, groups), math.inf)
     first, second = class_pairs(len(scores), scores.device)
     pairs = torch.maximum(distinct[first], distinct[second])
@@ -204,7 +208,7 @@ def open_gates(
         low = torch.where(fits, middle, low)
         high = torch.where(fits, high, middle - 1)
     threshold = ordered.take((low - 1).clamp_min(0))                # `ordered[low]` would wait
-    return (distinct >= threshold).to(scores.dtype)
+    return (distinct >= threshold.clamp_min(1e-300)).to(scores.dtype)
 
 # %% ../../nbs/05_methods/09_composable.ipynb #25ca6695
 def check_target(
@@ -230,11 +234,13 @@ def check_target(
 def set_gates(self: ClassGates,
     separation: float, # gamma, at least 0
     targets: Sequence[float], # one for each class, or one: what two classes keep of the cost, in (0, 1]
+    settled: bool = False, # leave units closed that no class opens now
 ) -> None:
     "Open the gates whose scores are highest, for what they cost."
-    scores = self.relative(separation) * self.balance[:, None]
+    candidates = self.opened() if settled else torch.ones_like(self.opened())
+    scores = self.relative(separation, candidates) * self.balance[:, None]
     target = sum(targets) / len(targets)
-    self.gates.copy_(open_gates(scores, self.costs, self.groups, target))
+    self.gates.copy_(open_gates(scores, self.costs, self.groups, target, candidates))
     if len(targets) == 1: return
     pairs = class_pairs(len(self.gates), self.gates.device)
     found = self.costs.fraction(module_masks(self.gates))
@@ -257,6 +263,7 @@ class Composable(Method, name='composable'):
     full_fraction: float = 0.3  # of samples whose target set is all classes
     close_from: float = 0.05    # fraction of the run after which gates begin to close, 0 to 1
     target_by: float = 0.2      # fraction of the run after which the target is reached, from `close_from`
+    settled_by: float = 0.2     # dense: fraction after which what no class opens stays closed, 0 to 1
     closed_by: float = 0.5      # fraction of the run after which they are frozen, from `close_from`
     decay: float = 0.995        # of the running mean of squared gradients, 0 to below 1
     dense: bool = True          # the full model keeps all kernels; target sets are trained inside it
@@ -278,6 +285,7 @@ class Composable(Method, name='composable'):
         check_range('distill', self.distill, 0, 1)
         check_range('decay', self.decay, 0, 1)
         check_range('target_by', self.target_by, 0, 1)
+        check_range('settled_by', self.settled_by, 0, 1)
         check_range('closed_by', self.closed_by, self.close_from, 1)
         check_flag('two_roles', self.two_roles)
         check_flag('dense', self.dense)
@@ -354,11 +362,16 @@ def kernels_of_classes(self: Composable, model: nn.Module) -> Tensor: # (classes
 
 # %% ../../nbs/05_methods/09_composable.ipynb #4e1a2d7a
 @patch
+def target_from(self: Composable) -> float: # fraction of the run, from `close_from` to `closed_by`
+    "When the target is reached."
+    return max(self.close_from, min(self.target_by, self.closed_by))
+
+@patch
 def way_left(self: Composable,
     progress: float, # fraction of the run that is done, 0 to 1
 ) -> float: # from 1 to 0
     "The fraction of the way from a whole network to the target that is left."
-    end = max(self.close_from, min(self.target_by, self.closed_by))
+    end = self.target_from()
     left = (end - progress) / max(end - self.close_from, 1e-9)
     return min(1., max(0., left))**3
 
@@ -366,6 +379,12 @@ def way_left(self: Composable,
 def ready(self: Composable, progress: float) -> bool:
     "Are the gates frozen by now? Only then can the model be judged."
     return progress >= self.closed_by and progress > 0
+
+@patch
+def settled(self: Composable, progress: float) -> bool:
+    "Does what no class opens stay closed from here on? Gates within the rest still move until `closed_by`."
+    if not self.dense or self.ready(progress): return self.ready(progress)
+    return progress >= max(self.settled_by, self.target_from()) and progress > 0
 
 # %% ../../nbs/05_methods/09_composable.ipynb #9240546b
 OUTSIDERS = 1 / 3       # of the target sets that are not all classes
@@ -477,4 +496,4 @@ def after_backward(self: Composable, model: nn.Module, labels: Tensor, progress:
     if step % SET_EVERY and not self.ready(progress): return
     left = self.way_left(progress)
     goals = [goal + (1 - goal) * left for goal in self.goals(model)]
-    gates.set_gates(self.separation, goals)
+    gates.set_gates(self.separation, goals, self.settled(progress))

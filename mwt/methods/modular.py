@@ -120,6 +120,13 @@ def ready(self: ModularModel,
     "Can epochs be compared by now?"
     return self.method.ready(progress)
 
+@patch
+def settled(self: ModularModel,
+    progress: float, # fraction of the run that is done, 0 to 1
+) -> bool:
+    "May kernels that are closed by now go?"
+    return self.method.settled(progress)
+
 # %% ../../nbs/05_methods/04_modular.ipynb #e8840868
 @patch
 def about(self: ModularModel) -> dict[str, Any]: # JSON-able

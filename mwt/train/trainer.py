@@ -76,6 +76,7 @@ class Trainer:
         self.amp = config.amp
         if config.amp is None: self.amp = self.device.type == 'cuda' and fast_bfloat16(self.device)
         self.may_shrink = True                  # until the model has been asked for a smaller one
+        self.smallest = False                   # is `net` as small as it will ever be?
         self.origins: dict[str, Tensor] = {}    # weight of a smaller `net` -> its place in the model's
         self.optimizer = make_optimizer(model, config)
         self.losses: list[Tensor] = []          # of the latest steps, on the device
@@ -185,8 +186,8 @@ def step(self: Trainer,
 ) -> dict[str, Tensor]: # the loss and what it is made of: detached scalars
     "Learn a batch, without waiting for the device."
     self.batch = images, labels
-    ready = ask(self.model, 'ready', self.progress, otherwise=True)
-    if ready and self.may_shrink: self.shrink_(images)
+    settled = ask(self.model, 'settled', self.progress, otherwise=True)
+    if settled and self.may_shrink: self.shrink_(images)
     factor = lr_factor(self.done, self.steps, self.config.warmup)
     for group in self.optimizer.param_groups: group['lr'] = self.config.lr * factor
     whole = self.config.accumulate == 1
@@ -307,8 +308,9 @@ def move_momentum_(self: Trainer,
 def shrink_(self: Trainer,
     images: Tensor, # (batch, channels, height, width), for their shape and type
 ) -> None:
-    "Train the smaller network from here on, where the model offers one. Once in a run."
+    "Train the smaller network from here on, where the model offers one."
     self.may_shrink = False
+    self.smallest = ask(self.model, 'ready', self.progress, otherwise=True)
     found = ask(self.model, 'smaller')
     if found is None: return
     small, origins = found
@@ -345,6 +347,7 @@ def train_epoch(
 ) -> dict[str, Tensor]: # means over the epoch, scalars on the device
     "Train on every batch once, without waiting for the device."
     run.net.train()
+    run.may_shrink |= not run.smallest          # more kernels may have closed
     total: dict[str, Tensor] = {}
     before = run.done
     for images, labels in batches:
