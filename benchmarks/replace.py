@@ -158,7 +158,8 @@ def strong_modules(a: argparse.Namespace, data: ImageData, network: str, seed: i
     few = data.subset(data.classes[:5])
     masks, recipe = settings_of('composable')
     called = f"composable of {' '.join(few.classes)}"
-    model, _ = trained_network(a.trained, network, called, masks, recipe, a.epochs, seed, few, a.show_progress)
+    model, _ = trained_network(a.trained, network, called, masks, recipe, a.epochs, seed, few,
+                               a.show_progress)
     parts = decompose(model, few.train, show_progress=False)
     return {c: extract(model, parts, [c]) for c in few.classes} | {'all': extract(model, parts, few.classes)}
 

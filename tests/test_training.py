@@ -355,12 +355,14 @@ class Watch(TorchDispatchMode):
 
 
 # How many epochs the run has; its second one is watched.
-EPOCHS = pytest.mark.parametrize('epochs', [10, 1.5], ids=['early', 'when ready'])
+EPOCHS = pytest.mark.parametrize('epochs', [20, 1.5], ids=['early', 'when ready'])
 
-def step_calls(model: nn.Module, batches: Batches, epochs: float = 10, amp: bool = False) -> Counter[str]:
+def step_calls(model: nn.Module, batches: Batches, epochs: float = 20, amp: bool = False) -> Counter[str]:
     "The operations of an epoch, the second of a run."
     run = Trainer(model, TrainConfig(amp=amp), int(epochs * len(batches)))
     train_epoch(run, batches)
+    run.may_shrink = True
+    run.step(*next(iter(batches)))          # a smaller network takes over here, if at all
     with Watch() as watch: means = train_epoch(run, batches)
     assert all(isinstance(v, Tensor) and v.ndim == 0 and not v.requires_grad for v in means.values())
     return watch.calls

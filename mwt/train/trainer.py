@@ -186,7 +186,8 @@ def step(self: Trainer,
 ) -> dict[str, Tensor]: # the loss and what it is made of: detached scalars
     "Learn a batch, without waiting for the device."
     self.batch = images, labels
-    settled = ask(self.model, 'settled', self.progress, otherwise=True)
+    ready = ask(self.model, 'ready', self.progress, otherwise=True)
+    settled = ask(self.model, 'settled', self.progress, otherwise=ready)
     if settled and self.may_shrink: self.shrink_(images)
     factor = lr_factor(self.done, self.steps, self.config.warmup)
     for group in self.optimizer.param_groups: group['lr'] = self.config.lr * factor
