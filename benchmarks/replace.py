@@ -61,10 +61,10 @@ def tenth(batches: Batches, fraction: float = .1) -> Batches:
 
 
 def weak_models(few: Batches, epochs: Sequence[int], batch: int, seed: int) -> Iterator[nn.Module]:
-    "LeNet5 at some epochs of one run of SGD, whose rate falls along a cosine."
+    "LeNet5 at some epochs of one run of SGD, whose rate falls along a cosine; from 0.05 some of them die."
     net = create_model('lenet5', len(few.classes), in_channels=few.shape[0], seed=seed).to(few.device)
     batches = few._replace(shuffle=True, batch_size=min(batch, few.n), seed=seed)
-    optimizer = torch.optim.SGD(net.parameters(), lr=.05, momentum=.9, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs) + 5)
     for epoch in range(1, max(epochs) + 1):
         net.train()
