@@ -237,7 +237,7 @@ def set_gates(self: ClassGates,
     settled: bool = False, # leave units closed that no class opens now
 ) -> None:
     "Open the gates whose scores are highest, for what they cost."
-    candidates = self.opened() if settled else torch.ones_like(self.opened())
+    candidates = self.opened() if settled else None
     scores = self.relative(separation, candidates) * self.balance[:, None]
     target = sum(targets) / len(targets)
     self.gates.copy_(open_gates(scores, self.costs, self.groups, target, candidates))

@@ -77,6 +77,7 @@ class Trainer:
         if config.amp is None: self.amp = self.device.type == 'cuda' and fast_bfloat16(self.device)
         self.may_shrink = True                  # until the model has been asked for a smaller one
         self.smallest = False                   # is `net` as small as it will ever be?
+        self.compiled: nn.Module | None = None  # the network that was compiled, where one was
         self.origins: dict[str, Tensor] = {}    # weight of a smaller `net` -> its place in the model's
         self.optimizer = make_optimizer(model, config)
         self.losses: list[Tensor] = []          # of the latest steps, on the device
@@ -123,7 +124,8 @@ def train_(self: Trainer,
     "Train this network from here on."
     self.net = net
     part = net.net if isinstance(net, ModularModel) else net
-    if self.compile: part.compile()
+    if self.compile and part is not self.compiled: part.compile()
+    self.compiled = part                    # a smaller network may run inside the same one
     self.loss = distributed(LossLayer(net), self.device)
 
 # %% ../../nbs/07_train/03_trainer.ipynb #dc6f8985
